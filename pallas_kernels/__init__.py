@@ -1,0 +1,1 @@
+"""Pallas kernels for TPU and GPU, usable without ``llmir_jax``. The package is empty so far: every op runs through its reference."""
