@@ -1,0 +1,192 @@
+"""A GGUF file: header, metadata and tensors, read with every offset and count checked against the file's length.
+
+The `gguf` package's reader takes two seconds for a vocabulary of 49,152 and trusts the counts in the file, so the header is
+read here; block sizes and dequantization are the package's.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from llmir_jax.errors import CheckpointError
+
+GGML = gguf.GGMLQuantizationType
+SUPPORTED_TYPES = tuple(
+    GGML[name]
+    for name in (
+        *("F32", "F16", "BF16"),
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    )
+)
+MAX_DIMS = 4
+STRING, ARRAY, BOOL = 8, 9, 7
+# Metadata scalars by type code: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#file-structure
+SCALARS = {
+    code: struct.Struct("<" + letter)
+    for code, letter in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}.items()
+} | {BOOL: struct.Struct("<?")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFTensor:
+    """A tensor's place in the file. `shape` is in numpy's order, in elements; `offset` and `num_bytes` in bytes of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any  # gguf.GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile:
+    """`metadata` and `tensors` of the file at `path`; `read` gives a tensor as float32 (float16 if F16).
+
+    Raises CheckpointError for a file that is missing, truncated, corrupt, or has a tensor of a type we do not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from None
+        header = _Header(path, self._bytes)
+        self.metadata: Mapping[str, Any] = header.metadata
+        self.tensors: Mapping[str, GGUFTensor] = header.tensors
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: t.shape for name, t in self.tensors.items()}
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes as stored: uint8[..., bytes of a row]."""
+        tensor = self.tensors[name]
+        stored = self._bytes[tensor.offset : tensor.offset + tensor.num_bytes]
+        return stored.reshape(*tensor.shape[:-1], -1) if tensor.num_bytes else stored
+
+    def read(self, name: str) -> np.ndarray:
+        tensor, raw = self.tensors[name], self.raw(name)
+        if tensor.kind == GGML.F32:
+            return raw.view(np.float32)
+        if tensor.kind == GGML.F16:
+            return raw.view(np.float16)
+        values: np.ndarray = gguf.dequantize(raw, tensor.kind)
+        return values
+
+
+class _Header:
+    """A cursor over the header; refuses to move past the end of the file."""
+
+    def __init__(self, path: Path, data: np.ndarray) -> None:
+        self.path = path
+        self.data = memoryview(data)
+        self.position = 0
+        if self._take(4) != b"GGUF":
+            raise CheckpointError(f"{path}: not a GGUF file (it does not start with 'GGUF')")
+        version = self._scalar(4)
+        if version not in (2, 3):
+            raise CheckpointError(
+                f"{path}: GGUF version {version}; versions 2 and 3, little-endian, are supported: convert the model again"
+            )
+        num_tensors, num_entries = self._scalar(10), self._scalar(10)
+        # A tensor's record is at least 24 bytes, an entry's at least 13: counts beyond that are damage, not data.
+        self._check_count(num_tensors, 24)
+        self._check_count(num_entries, 13)
+        self.metadata = dict(self._entry() for _ in range(num_entries))
+        records = [self._record() for _ in range(num_tensors)]
+        self.tensors = {tensor.name: tensor for tensor in self._locate(records)}
+        if len(self.tensors) != len(records):
+            raise self._damaged("two tensors have the same name")
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: truncated or corrupt GGUF file ({what}); fetch it again")
+
+    def _take(self, num_bytes: int) -> bytes:
+        end = self.position + num_bytes
+        if end > len(self.data):
+            raise self._damaged(f"the header runs past the end of the file, {len(self.data):,} bytes")
+        taken = bytes(self.data[self.position : end])
+        self.position = end
+        return taken
+
+    def _check_count(self, count: int, min_bytes: int) -> None:
+        if count * min_bytes > len(self.data) - self.position:
+            raise self._damaged(f"{count:,} items announced at byte {self.position:,} do not fit in the file")
+
+    def _scalar(self, code: int) -> Any:
+        layout = SCALARS.get(code)
+        if layout is None:
+            raise self._damaged(f"unknown value type {code} at byte {self.position:,}")
+        return layout.unpack(self._take(layout.size))[0]
+
+    def _string(self) -> str:
+        text = self._take(self._scalar(10))
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._damaged(f"text before byte {self.position:,} is not UTF-8") from None
+
+    def _value(self, code: int) -> Any:
+        if code == STRING:
+            return self._string()
+        if code != ARRAY:
+            return self._scalar(code)
+        item_code, count = self._scalar(4), self._scalar(10)
+        if item_code == STRING:
+            self._check_count(count, 8)
+            return [self._string() for _ in range(count)]
+        if item_code not in SCALARS:
+            raise self._damaged(f"array of value type {item_code} at byte {self.position:,}")
+        layout = SCALARS[item_code]
+        self._check_count(count, layout.size)
+        return [value for (value,) in layout.iter_unpack(self._take(count * layout.size))]
+
+    def _entry(self) -> tuple[str, Any]:
+        key = self._string()
+        return key, self._value(self._scalar(4))
+
+    def _record(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, num_dims = self._string(), self._scalar(4)
+        if num_dims > MAX_DIMS:
+            raise self._damaged(f"tensor {name!r} has {num_dims} dimensions")
+        dims = tuple(self._scalar(10) for _ in range(num_dims))
+        return name, dims[::-1], self._scalar(4), self._scalar(10)
+
+    def _locate(self, records: list[tuple[str, tuple[int, ...], int, int]]) -> list[GGUFTensor]:
+        alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise self._damaged(f"alignment of {alignment!r}")
+        data_start = -(-self.position // alignment) * alignment
+        tensors = []
+        for name, shape, code, offset in records:
+            kind = self._supported_kind(name, code)
+            items_a_block, bytes_a_block = gguf.GGML_QUANT_SIZES[kind]
+            if shape and shape[-1] % items_a_block:
+                raise self._damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind.name} blocks")
+            num_bytes = math.prod(shape) // items_a_block * bytes_a_block
+            start = data_start + offset
+            if offset % alignment or start + num_bytes > len(self.data):
+                raise self._damaged(
+                    f"tensor {name!r} should end at byte {start + num_bytes:,} of a file of {len(self.data):,}"
+                )
+            tensors.append(GGUFTensor(name=name, shape=shape, kind=kind, offset=start, num_bytes=num_bytes))
+        return tensors
+
+    def _supported_kind(self, name: str, code: int) -> Any:
+        try:
+            kind = GGML(code)
+        except ValueError:
+            raise self._damaged(f"tensor {name!r} is of unknown type {code}") from None
+        if kind not in SUPPORTED_TYPES:
+            names = ", ".join(supported.name for supported in SUPPORTED_TYPES)
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is of type {kind.name}, which is not supported; take a file of {names}"
+            )
+        return kind
