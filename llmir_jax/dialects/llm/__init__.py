@@ -4,7 +4,20 @@ from xdsl.ir import Dialect
 
 from .attention import AttendPagesOp, AttentionOp, WritePagesOp
 from .cache import AppendKVOp, LookupKVOp, PagedAttentionOp
+from .distributed import (
+    AllGatherOp,
+    AllReduceOp,
+    CostAnnotationOp,
+    DistributedAttentionOp,
+    PipelineRecvOp,
+    PipelineSendOp,
+    PipelineStageOp,
+    ReduceScatterOp,
+    SequenceParallelAttentionOp,
+    ShardedLinearOp,
+)
 from .layers import ACTIVATIONS, GatedMLPOp, LayerNormOp, LinearOp, RMSNormOp, RopeOp
+from .quantization import DequantizeOp, QuantizedMatmulOp, QuantizeOp
 from .types import (
     MixedQuantizedTensorType,
     MixedType,
@@ -17,16 +30,29 @@ from .types import (
 LLM = Dialect(
     "llm",
     [
+        AllGatherOp,
+        AllReduceOp,
         AppendKVOp,
         AttendPagesOp,
         AttentionOp,
+        CostAnnotationOp,
+        DequantizeOp,
+        DistributedAttentionOp,
         GatedMLPOp,
         LayerNormOp,
         LinearOp,
         LookupKVOp,
         PagedAttentionOp,
+        PipelineRecvOp,
+        PipelineSendOp,
+        PipelineStageOp,
+        QuantizeOp,
+        QuantizedMatmulOp,
         RMSNormOp,
+        ReduceScatterOp,
         RopeOp,
+        SequenceParallelAttentionOp,
+        ShardedLinearOp,
         WritePagesOp,
     ],
     [
@@ -42,9 +68,14 @@ LLM = Dialect(
 __all__ = [
     "ACTIVATIONS",
     "LLM",
+    "AllGatherOp",
+    "AllReduceOp",
     "AppendKVOp",
     "AttendPagesOp",
     "AttentionOp",
+    "CostAnnotationOp",
+    "DequantizeOp",
+    "DistributedAttentionOp",
     "GatedMLPOp",
     "LayerNormOp",
     "LinearOp",
@@ -53,10 +84,18 @@ __all__ = [
     "MixedType",
     "PagedAttentionOp",
     "PagedKVCacheType",
+    "PipelineRecvOp",
+    "PipelineSendOp",
+    "PipelineStageOp",
+    "QuantizeOp",
+    "QuantizedMatmulOp",
     "QuantizedTensorType",
     "RMSNormOp",
+    "ReduceScatterOp",
     "RopeOp",
+    "SequenceParallelAttentionOp",
     "ShardedKVCacheType",
+    "ShardedLinearOp",
     "ShardedTensorType",
     "WritePagesOp",
 ]

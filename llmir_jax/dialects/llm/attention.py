@@ -47,7 +47,7 @@ def mask_properties(
     }
 
 
-def check_mask_properties(scale: Attribute, window: Attribute | None, softcap: Attribute | None) -> None:
+def check_mask_properties(scale: Attribute | None, window: Attribute | None, softcap: Attribute | None) -> None:
     """Check the properties that every attention op has."""
     check_finite("scale", scale)
     check_range("window", window, 1)
