@@ -1,7 +1,7 @@
 """Chat templates: a conversation to the text the model was trained on, by Jinja in a sandbox.
 
-Templates come with checkpoints, from anybody, so they run where they can reach nothing of the program; they see what Hugging
-Face's templates see: messages, tools, the special tokens, raise_exception, strftime_now, tojson, loop controls.
+Templates come with checkpoints, from anybody, so they run where they can reach nothing of the program; they see what
+Hugging Face's templates see: messages, tools, the special tokens, raise_exception, strftime_now, tojson, loop controls.
 """
 
 import json
@@ -26,7 +26,7 @@ class _Refused(Exception):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it is only its contents."""
+    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it is its contents."""
 
     tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
 
@@ -45,7 +45,7 @@ class ChatTemplate:
     def render(self, messages: Messages, *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as text, ending where the assistant is to go on.
 
-        `messages`: mappings with "role" and "content"; `variables` (tools, …) are seen by the template under their names.
+        `messages`: mappings with "role" and "content". The template sees `variables` (tools, …) under their names.
         Raises RequestError for a conversation the template refuses, CheckpointError for a template that does not work.
         """
         _check_messages(messages)
@@ -72,9 +72,7 @@ def _check_messages(messages: Messages) -> None:
         raise RequestError('messages must be a non-empty list like [{"role": "user", "content": "Hello"}]')
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(
-                f'message {i} is not a mapping with a "role", such as {{"role": "user", "content": "Hello"}}'
-            )
+            raise RequestError(f'message {i} has no "role"; expected {{"role": "user", "content": "Hello"}}')
         if "content" not in message and "tool_calls" not in message:
             raise RequestError(f'message {i}, of role {message["role"]!r}, has no "content"')
 

@@ -19,7 +19,7 @@ ModelConfig = LlamaConfig | GPT2Config
 
 
 class TensorReader(Protocol):
-    """The tensors of a checkpoint, on disk. `read` gives numpy's or ml_dtypes' own types, dequantized where they were not."""
+    """The tensors of a checkpoint, on disk. `read` gives floating-point values of any type, dequantized if need be."""
 
     @property
     def path(self) -> Path: ...

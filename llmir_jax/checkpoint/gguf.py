@@ -41,13 +41,17 @@ def load_gguf(file: GGUFFile, *, dtype: DTypeLike, param_dtype: DTypeLike) -> tu
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
+    """The config that the metadata and the tensors' shapes give, with the errors of `load_gguf`."""
     arch = file.metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path}: architecture {arch!r} is not supported; expected one of {', '.join(ARCHITECTURES)}"
         )
     keys = _Keys(file.path, arch, file.metadata)
-    config = _gpt2_config(file, keys) if arch == "gpt2" else _llama_config(file, keys, arch)
+    try:
+        config = _gpt2_config(file, keys) if arch == "gpt2" else _llama_config(file, keys, arch)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}") from None
     keys.finish()
     _refuse_leftovers(file, config)
     return config
@@ -57,7 +61,7 @@ def _llama_config(file: GGUFFile, keys: "_Keys", arch: str) -> LlamaConfig:
     hidden_size, num_layers, num_heads = (
         keys.integer(key) for key in ("embedding_length", "block_count", "attention.head_count")
     )
-    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
+    head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.expect(key, head_dim)
     keys.expect("attention.scale", head_dim**-0.5)

@@ -1,7 +1,7 @@
 """A GGUF file: header, metadata and tensors, read with every offset and count checked against the file's length.
 
-The `gguf` package's reader takes two seconds for a vocabulary of 49,152 and trusts the counts in the file, so the header is
-read here; block sizes and dequantization are the package's.
+The `gguf` package's reader takes two seconds for a vocabulary of 49,152 and trusts the counts in the file, so the
+header is read here; block sizes and dequantization are the package's.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -37,7 +37,7 @@ SCALARS = {
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """A tensor's place in the file. `shape` is in numpy's order, in elements; `offset` and `num_bytes` in bytes of the file."""
+    """A tensor's place in the file: `shape` in elements, in numpy's order; `offset` and `num_bytes` in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class GGUFFile:
     def read(self, name: str) -> np.ndarray:
         tensor, raw = self.tensors[name], self.raw(name)
         if tensor.kind == GGML.F32:
-            return raw.view(np.float32)
+            return raw.view(np.float32).copy()  # not the file's mapping: the file may be overwritten later
         if tensor.kind == GGML.F16:
             return raw.view(np.float16)
         values: np.ndarray = gguf.dequantize(raw, tensor.kind)
@@ -93,7 +93,7 @@ class _Header:
         version = self._scalar(4)
         if version not in (2, 3):
             raise CheckpointError(
-                f"{path}: GGUF version {version}; versions 2 and 3, little-endian, are supported: convert the model again"
+                f"{path}: GGUF version {version}; expected 2 or 3, little-endian: convert the model again"
             )
         num_tensors, num_entries = self._scalar(10), self._scalar(10)
         # A tensor's record is at least 24 bytes, an entry's at least 13: counts beyond that are damage, not data.

@@ -1,7 +1,7 @@
 """A tokenizer from a GGUF file's metadata: byte-level BPE ("gpt2") and SentencePiece BPE ("llama").
 
-GGUF keeps vocabulary, merges and scores but only a name for the rule that splits text into words; the rules here are those
-of the tokenizers that Hugging Face publishes with the same models.
+GGUF keeps vocabulary, merges and scores but only a name for the rule that splits text into words; the rules here are
+those of the tokenizers that Hugging Face publishes with the same models.
 """
 
 from dataclasses import dataclass
@@ -59,17 +59,8 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     elif kind == "llama":
         backend, add_bos = _sentencepiece_bpe(file, tokens, types), True
     else:
-        raise CheckpointError(
-            f"{file.path}: tokenizer of kind {kind!r}; expected 'gpt2' or 'llama' (tokenizer.ggml.model)"
-        )
-    for token_type, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
-        added = [
-            AddedToken(t, special=special, normalized=False)
-            for t, k in zip(tokens, types, strict=True)
-            if k == token_type
-        ]
-        backend.add_special_tokens(added) if special else backend.add_tokens(added)
-
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.model is {kind!r}; expected 'gpt2' or 'llama'")
+    _add_special_tokens(backend, tokens, types)
     ids = {name: _token_id(file, name, len(tokens)) for name in ("bos", "eos", "eot", "eom")}
     bos, eos = (None if (i := ids[name]) is None else tokens[i] for name in ("bos", "eos"))
     backend.post_processor = _surround(
@@ -86,7 +77,7 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
 def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
     tokens: list[str] = _strings(file, "tokenizer.ggml.tokens")
     types = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+    if not isinstance(types, list) or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CheckpointError(
             f"{file.path}: corrupt vocabulary: {len(tokens)} tokens, {len(types)} types, or a repeated token"
         )
@@ -136,7 +127,7 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str], rule: WordRule) -> tokeni
 
 
 def _sentencepiece_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    """SentencePiece merges the pair whose joined piece has the best score: as merges, all pairs in order of that score."""
+    """SentencePiece joins the pair whose piece has the best score: as merges, all pairs in the order of that score."""
     scores = file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError(
@@ -171,13 +162,19 @@ def _bpe(file: GGUFFile, vocab: dict[str, int], merges: list[Any], **options: An
         raise CheckpointError(f"{file.path}: corrupt tokenizer: {error}") from None
 
 
+def _add_special_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Make control tokens (skipped in decoding) and user-defined ones (not skipped) match whole in any text."""
+    typed = list(zip(tokens, types, strict=True))
+    control = [AddedToken(t, special=True, normalized=False) for t, kind in typed if kind in (CONTROL, UNKNOWN)]
+    user_defined = [AddedToken(t, special=False, normalized=False) for t, kind in typed if kind == USER_DEFINED]
+    backend.add_special_tokens(control)
+    backend.add_tokens(user_defined)
+
+
 def _surround(bos: str | None, eos: str | None, backend: tokenizers.Tokenizer) -> Any:
-    special = [token for token in (bos, eos) if token is not None]
-    if not special:
+    """What puts `bos` before every text and `eos` after it, or None."""
+    if bos is None and eos is None:
         return None
-    return processors.TemplateProcessing(
-        single=" ".join(
-            ["$A" if part is None else part for part in ([bos] if bos else []) + [None] + ([eos] if eos else [])]
-        ),
-        special_tokens=[(token, backend.token_to_id(token)) for token in special],
-    )
+    parts = [part for part in (bos, "$A", eos) if part is not None]
+    special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
+    return processors.TemplateProcessing(single=parts, special_tokens=special)

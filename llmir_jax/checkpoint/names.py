@@ -43,7 +43,7 @@ def huggingface_sources(config: ModelConfig, stored: Collection[str]) -> dict[st
 
 
 def gguf_sources(config: ModelConfig, *, interleaved: bool) -> dict[str, Source]:
-    """Parameter path → its tensor in a GGUF file. `interleaved`: rows of q and k are in llama.cpp's order for "llama"."""
+    """Parameter path → its tensor in a GGUF file. `interleaved`: q and k have llama.cpp's order of rows for "llama"."""
     if isinstance(config, LlamaConfig):
         return dict(_llama_sources(config, GGUF, "blk.{}.", interleaved=interleaved))
     return dict(_gpt2_sources(config, GGUF, "blk.{}.", ""))
@@ -52,9 +52,10 @@ def gguf_sources(config: ModelConfig, *, interleaved: bool) -> dict[str, Source]
 def _llama_sources(
     config: LlamaConfig, column: int, layer_format: str, *, interleaved: bool
 ) -> Iterator[tuple[str, Source]]:
-    embed, norm, head = (("model.embed_tokens", "model.norm", "lm_head"), ("token_embd", "output_norm", "output"))[
-        column
-    ]
+    embed, norm, head = (
+        ("model.embed_tokens", "model.norm", "lm_head"),
+        ("token_embd", "output_norm", "output"),
+    )[column]
     yield "embed.embedding", Source(name=f"{embed}.weight")
     yield "norm.scale", Source(name=f"{norm}.weight")
     yield "head.kernel", Source(name=f"{head}.weight", transposed=True)

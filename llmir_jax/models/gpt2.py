@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """Shapes of a GPT-2 model. `max_seq_len`, in tokens, is the size of the position table. `activation`: see ACTIVATIONS."""
+    """Shapes of a GPT-2 model. `max_seq_len`, in tokens, is the size of the position table."""
 
     vocab_size: int
     hidden_size: int
@@ -32,8 +32,12 @@ class GPT2Config:
     num_heads: int
     max_seq_len: int
     layer_norm_eps: float
-    activation: str = "gelu_new"
+    activation: str = "gelu_new"  # a key of ACTIVATIONS
     tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.num_heads or self.hidden_size % self.num_heads:
+            raise ValueError(f"{self.hidden_size} channels cannot be split over {self.num_heads} heads")
 
 
 class Attention(nnx.Module):

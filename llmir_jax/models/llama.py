@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from llmir_jax.models.rope import RopeScaling, inverse_frequencies, rotate, rotation_angles
+from llmir_jax.models.rope import FrequencyFactors, RopeScaling, inverse_frequencies, rotate, rotation_angles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,17 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.num_heads or not self.num_kv_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads")
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels: a head of {self.head_dim} has none to spare")
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        scaling = self.rope_scaling
+        if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(f"{len(scaling.factors)} RoPE factors for {self.head_dim // 2} frequencies")
 
 
 class Attention(nnx.Module):
