@@ -1,0 +1,25 @@
+"""The compiler's passes, one a file, and the table of them that ``llmir-opt`` registers."""
+
+from importlib import import_module
+
+from xdsl.passes import ModulePass
+
+PASSES: dict[str, tuple[str, str]] = {
+    "inline-calls": ("inline_calls", "InlineCallsPass"),
+    "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
+}
+"""For each pass, by its name on the command line: its module in this package, and its class."""
+
+
+def load_pass(name: str) -> type[ModulePass]:
+    """Import the pass of this name; KeyError for a name that is not in `PASSES`."""
+    module, cls = PASSES[name]
+    found = getattr(import_module(f"{__name__}.{module}"), cls)
+    assert isinstance(found, type)
+    assert issubclass(found, ModulePass)
+    return found
+
+
+def all_passes() -> tuple[type[ModulePass], ...]:
+    """Every pass, imported."""
+    return tuple(load_pass(name) for name in PASSES)

@@ -124,7 +124,7 @@ class AttentionOp(LLMOp):
             properties=mask_properties(scale=scale, causal=causal, window=window, softcap=softcap),
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(q=self.q, k=self.k, v=self.v, slopes=self.slopes, output=self.output)
         check_int32(seq_ids=self.seq_ids, positions=self.positions)
         check_mask_properties(self.scale, self.window, self.softcap)
@@ -194,7 +194,7 @@ class WritePagesOp(LLMOp):
             result_types=[k_pages.type, v_pages.type],
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(k_pages=self.k_pages, v_pages=self.v_pages, k=self.k, v=self.v)
         check_int32(
             seq_ids=self.seq_ids,
@@ -282,7 +282,7 @@ class AttendPagesOp(LLMOp):
             properties=mask_properties(scale=scale, causal=causal, window=window, softcap=softcap),
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(q=self.q, k_pages=self.k_pages, v_pages=self.v_pages, slopes=self.slopes, output=self.output)
         check_int32(
             block_tables=self.block_tables,

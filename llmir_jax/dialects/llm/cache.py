@@ -128,7 +128,7 @@ class AppendKVOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         cache = _cache_type(self.cache)
         _check_layer(cache, self.layer)
         _check_agrees("block_size", self.block_size, cache.block_size.data)
@@ -194,7 +194,7 @@ class LookupKVOp(LLMOp):
             properties={"layer": IntegerAttr(layer, i64)},
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         cache = _cache_type(self.cache)
         _check_layer(cache, self.layer)
         check_int32(block_indices=self.block_indices)
@@ -295,7 +295,7 @@ class PagedAttentionOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         cache = _cache_type(self.cache)
         _check_layer(cache, self.layer)
         check_mask_properties(self.scale, self.window, self.softcap)

@@ -1,6 +1,6 @@
 """What the ops of the llm dialect share: their assembly syntax, and the checks of their verifiers."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NoReturn, Self, cast
 
@@ -39,6 +39,16 @@ class LLMOp(IRDLOperation, ABC):
     """Optional operands by the name of the group they are written in; others are written after the required ones."""
     PARENTHESIZED: ClassVar[bool] = False
     """Whether the first operands are printed in parentheses."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise VerifyException where shapes, dtypes or attributes are not what the op needs."""
+
+    def verify_(self) -> None:
+        try:
+            self.check()
+        except VerifyException as error:
+            raise VerifyException(f"{self.name}: {error}") from None
 
     @classmethod
     def parse(cls, parser: Parser) -> Self:

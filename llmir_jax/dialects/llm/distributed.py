@@ -118,7 +118,7 @@ class ShardedLinearOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, b=self.b, result=self.output)
         check_range("shard_dim", self.shard_dim, 0, 2)
         check_range("num_shards", self.num_shards, 1)
@@ -180,7 +180,7 @@ class AllGatherOp(LLMOp):
             properties={"dim": IntegerAttr(dim, i32), "group_size": IntegerAttr(group_size, i32)},
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("group_size", self.group_size, 1)
         _check_resized(self.x, self.output, self.dim, multiply=int_of(self.group_size))
 
@@ -213,7 +213,7 @@ class AllReduceOp(LLMOp):
             properties={"reduction": StringAttr(reduction), "group_size": IntegerAttr(group_size, i32)},
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("group_size", self.group_size, 1)
         check_one_of("reduction", self.reduction, REDUCTIONS)
         check_same_type("result", self.output, "x", self.x)
@@ -256,7 +256,7 @@ class ReduceScatterOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("group_size", self.group_size, 1)
         check_one_of("reduction", self.reduction, REDUCTIONS)
         _check_resized(self.x, self.output, self.dim, divide=int_of(self.group_size))
@@ -296,7 +296,7 @@ class PipelineStageOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("num_stages", self.num_stages, 1)
         check_range("stage_id", self.stage_id, 0, int_of(self.num_stages))
         check_one_of("schedule", self.schedule, SCHEDULES)
@@ -322,7 +322,7 @@ class PipelineSendOp(LLMOp):
     def __init__(self, x: SSAValue | Operation, *, dest_stage: int) -> None:
         super().__init__(operands=[x], properties={"dest_stage": IntegerAttr(dest_stage, i32)})
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("dest_stage", self.dest_stage, 0)
 
 
@@ -345,7 +345,7 @@ class PipelineRecvOp(LLMOp):
     def __init__(self, *, source_stage: int, result_type: Attribute) -> None:
         super().__init__(result_types=[result_type], properties={"source_stage": IntegerAttr(source_stage, i32)})
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("source_stage", self.source_stage, 0)
 
 
@@ -412,7 +412,7 @@ class SequenceParallelAttentionOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(q=self.q, k=self.k, v=self.v, result=self.output)
         check_mask_properties(self.scale, self.window, self.softcap)
         check_range("total_length", self.total_length, 1)
@@ -496,7 +496,7 @@ class DistributedAttentionOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         cache = self.cache.type
         assert isinstance(cache, ShardedKVCacheType)
         check_float(q=self.q, result=self.output)
@@ -556,7 +556,7 @@ class CostAnnotationOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_range("compute_flops", self.compute_flops, 0)
         check_range("memory_bytes", self.memory_bytes, 0)
         check_range("communication_bytes", self.communication_bytes, 0)

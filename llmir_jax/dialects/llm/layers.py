@@ -61,7 +61,7 @@ class RMSNormOp(LLMOp):
             properties={"epsilon": FloatAttr(epsilon, f32), "offset": FloatAttr(offset, f32)},
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, w=self.w)
         check_positive_float("epsilon", self.epsilon)
         check_finite("offset", self.offset)
@@ -100,7 +100,7 @@ class LayerNormOp(LLMOp):
             properties={"epsilon": FloatAttr(epsilon, f32)},
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, w=self.w, b=self.b)
         check_positive_float("epsilon", self.epsilon)
         check_shapes({"x": (self.x, ("...", "C")), "w": (self.w, ("C",)), "b": (self.b, ("C",))})
@@ -151,7 +151,7 @@ class RopeOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, cos=self.cos, sin=self.sin)
         rotary_dim = int_of(self.rotary_dim)
         if rotary_dim <= 0 or rotary_dim % 2:
@@ -208,7 +208,7 @@ class LinearOp(LLMOp):
             properties={"transpose_w": BoolAttr.from_bool(transpose_w)},
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, w=self.w, b=self.b, output=self.output)
         check_shapes(
             {
@@ -275,7 +275,7 @@ class GatedMLPOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, gate_w=self.gate_w, up_w=self.up_w, down_w=self.down_w, output=self.output)
         check_one_of("activation", self.activation, ACTIVATIONS)
         check_shapes(

@@ -177,7 +177,7 @@ class QuantizeOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x)
         output_type = self.output.type
         _check_bits(self.bits, _storage_width(output_type, "result"))
@@ -262,7 +262,7 @@ class DequantizeOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(result=self.output)
         q_type = self.q.type
         if isinstance(q_type, TensorType):
@@ -291,8 +291,8 @@ class QuantizedMatmulOp(LLMOp):
 
     x is [..., K], w [K, N] ([N, K] where ``transpose_w``), the result [..., N]. Scales and zero points are [K / g, N]
     ([N, K / g] where ``transpose_w``) with a ``group_size`` of g, [N] without: weight = (w − zero_point)·scale. A
-    weight of a quantized type has its own scales; its groups run along its last dimension, so ``transpose_w`` must hold.
-    ``bits``, where given, repeats the width of w's integers. The sum is accumulated in float32.
+    weight of a quantized type has its own scales; its groups run along its last dimension, so ``transpose_w`` must
+    hold. ``bits``, where given, repeats the width of w's integers. The sum is accumulated in float32.
     """
 
     name = "llm.quantized_matmul"
@@ -333,7 +333,7 @@ class QuantizedMatmulOp(LLMOp):
             },
         )
 
-    def verify_(self) -> None:
+    def check(self) -> None:
         check_float(x=self.x, scales=self.scales, result=self.output)
         _check_bits(self.bits, _storage_width(self.w.type, "w"))
         if isinstance(self.w.type, TensorType):
