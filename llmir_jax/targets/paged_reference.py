@@ -1,0 +1,218 @@
+"""Reference of the paged KV cache's two operations, in plain JAX: correct for any ragged batch, on any backend.
+
+Attention is the online softmax of Milakov & Gimelshein (arXiv:1805.02867) over blocks of keys, so that its cost follows
+the context that is there, not the longest one possible. Few tokens (at most one a sequence, as in decoding) are served
+each on its own; many are cut into runs of rows of one sequence.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+KEYS_PER_BLOCK = 256
+"""About how many keys are read at once, in tokens."""
+ROWS_PER_RUN = 128
+"""At most how many rows of one sequence are served at once."""
+
+
+def write_pages(
+    k_pages: Array,
+    v_pages: Array,
+    k: Array,
+    v: Array,
+    seq_ids: Array,
+    positions: Array,
+    block_tables: Array,
+    num_tokens: Array,
+) -> tuple[Array, Array]:
+    """Write new keys and values to their pages.
+
+    Args:
+        k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim].
+        k, v: [T, num_kv_heads, head_dim].
+        seq_ids, positions: int32 [T].
+        block_tables: int32 [S, P].
+        num_tokens: int32 []; rows from it on are padding and are not written.
+    """
+    num_pages, page_size, *row = k_pages.shape
+    valid = jnp.arange(k.shape[0], dtype=jnp.int32) < num_tokens
+    page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
+    slot = jnp.where(valid, page * page_size + positions % page_size, num_pages * page_size)
+
+    def write(pages: Array, new: Array) -> Array:
+        flat = pages.reshape(num_pages * page_size, *row)
+        flat = flat.at[slot].set(new.astype(pages.dtype), mode="drop", unique_indices=True)
+        return flat.reshape(pages.shape)
+
+    return write(k_pages, k), write(v_pages, v)
+
+
+class _Softmax(NamedTuple):
+    """Running softmax of some queries: weighted values, sum of weights, largest score."""
+
+    values: Array  # float32 [..., Dv]
+    total: Array  # float32 [...]
+    largest: Array  # float32 [...]
+
+    def finish(self) -> Array:
+        """Weighted mean of the values; zeros for a query that saw nothing."""
+        return self.values / jnp.maximum(self.total, 1e-37)[..., None]
+
+
+def attend_pages(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    seq_ids: Array,
+    positions: Array,
+    num_tokens: Array,
+    slopes: Array | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Array:
+    """Attention of tokens to the pages of their sequences; the result has q's dtype.
+
+    Args:
+        q: [T, num_heads, head_dim].
+        k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim].
+        block_tables: int32 [S, P].
+        seq_lens: int32 [S], positions that exist.
+        seq_ids, positions: int32 [T].
+        num_tokens: int32 []; rows from it on are padding.
+        slopes: float32 [num_heads], added times (key position - query position).
+        scale, softcap: score = softcap * tanh(scale * q·k / softcap), or scale * q·k.
+        window: a query sees that many positions, its own included.
+    """
+    num_rows, num_heads, _ = q.shape
+    page_size, num_kv_heads = k_pages.shape[1:3]
+    pages_per_seq = block_tables.shape[1]
+    pages_per_block = min(pages_per_seq, max(1, KEYS_PER_BLOCK // page_size))
+    padding = -pages_per_seq % pages_per_block
+    tables = jnp.pad(block_tables, ((0, 0), (0, padding)))
+    keys_per_block = pages_per_block * page_size
+    num_blocks = tables.shape[1] // pages_per_block
+    head_slopes = None if slopes is None else slopes.reshape(num_kv_heads, -1)
+    grouped = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, -1)
+
+    def visible(query_positions: Array, key_positions: Array, lens: Array) -> Array:
+        """[rows, keys] of query positions [rows, 1], key positions [keys] and lengths [rows, 1]."""
+        seen = key_positions < lens
+        if causal:
+            seen &= key_positions <= query_positions
+        if window is not None:
+            seen &= key_positions > query_positions - window
+        return seen
+
+    def update(
+        state: _Softmax, scores: Array, seen: Array, distance: Array, weigh: Callable[[Array], Array]
+    ) -> _Softmax:
+        """One block of keys. scores [rows, G, M, keys] (KV heads, queries a head); seen, distance [rows, keys]."""
+        scores = scores * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        if head_slopes is not None:
+            scores = scores + head_slopes[:, :, None] * distance[:, None, None, :]
+        scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
+        largest = jnp.maximum(state.largest, scores.max(-1))
+        weights = jnp.exp(scores - largest[..., None])
+        kept = jnp.exp(state.largest - largest)
+        return _Softmax(
+            state.values * kept[..., None] + weigh(weights), state.total * kept + weights.sum(-1), largest
+        )
+
+    def start(rows: int) -> _Softmax:
+        shape = (rows, *grouped.shape[1:3])
+        return _Softmax(
+            jnp.zeros((*shape, v_pages.shape[-1]), jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.full(shape, jnp.finfo(jnp.float32).min),
+        )
+
+    def block_range(query_positions: Array, lens: Array) -> tuple[Array, Array]:
+        """Blocks of keys that any of the queries can see."""
+        last = jnp.max(jnp.minimum(query_positions + 1, lens) if causal else lens)
+        stop = jnp.minimum(-(-last // keys_per_block), num_blocks)
+        if window is None:
+            return jnp.int32(0), stop
+        return jnp.maximum(jnp.min(query_positions) - window + 1, 0) // keys_per_block, stop
+
+    def over_blocks(first: Array, stop: Array, body: Callable[[Array, _Softmax], _Softmax], state: _Softmax) -> _Softmax:
+        if num_blocks == 1:
+            return body(jnp.int32(0), state)
+        return lax.fori_loop(first, stop, body, state)
+
+    def one_by_one() -> Array:
+        """Each row reads its own sequence's pages."""
+        valid = jnp.arange(num_rows, dtype=jnp.int32) < num_tokens
+        ids = jnp.where(valid, seq_ids, 0)
+        place = jnp.where(valid, positions, 0)[:, None]
+        lens = jnp.where(valid, seq_lens[ids], 1)[:, None]
+        row_tables = tables[ids]
+
+        def body(block: Array, state: _Softmax) -> _Softmax:
+            pages = lax.dynamic_slice_in_dim(row_tables, block * pages_per_block, pages_per_block, 1)
+            keys = k_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
+            values = v_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
+            key_positions = block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+            scores = jnp.einsum("tgmd,tkgd->tgmk", grouped, keys, preferred_element_type=jnp.float32)
+
+            def weigh(weights: Array) -> Array:
+                return jnp.einsum("tgmk,tkgd->tgmd", weights, values, preferred_element_type=jnp.float32)
+
+            seen = visible(place, key_positions, lens)
+            return update(state, scores, seen, (key_positions - place).astype(jnp.float32), weigh)
+
+        first, stop = block_range(place, lens)
+        return over_blocks(first, stop, body, start(num_rows)).finish()
+
+    def run_by_run() -> Array:
+        """Runs of rows of one sequence, one after the other."""
+        rows = min(num_rows, ROWS_PER_RUN)
+
+        def serve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            begin, out = carry
+            seq = seq_ids[begin]
+            offset = jnp.minimum(begin, num_rows - rows)
+            index = offset + jnp.arange(rows, dtype=jnp.int32)
+            ids = lax.dynamic_slice_in_dim(seq_ids, offset, rows)
+            mine = (ids == seq) & (index >= begin) & (index < num_tokens)
+            place = jnp.where(mine, lax.dynamic_slice_in_dim(positions, offset, rows), positions[begin])[:, None]
+            queries = lax.dynamic_slice_in_dim(grouped, offset, rows)
+            lens = jnp.broadcast_to(seq_lens[seq], (rows, 1))
+
+            def body(block: Array, state: _Softmax) -> _Softmax:
+                pages = lax.dynamic_slice(tables, (seq, block * pages_per_block), (1, pages_per_block))[0]
+                keys = k_pages[pages].reshape(keys_per_block, num_kv_heads, -1)
+                values = v_pages[pages].reshape(keys_per_block, num_kv_heads, -1)
+                key_positions = block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+                scores = jnp.einsum("tgmd,kgd->tgmk", queries, keys, preferred_element_type=jnp.float32)
+
+                def weigh(weights: Array) -> Array:
+                    return jnp.einsum("tgmk,kgd->tgmd", weights, values, preferred_element_type=jnp.float32)
+
+                seen = visible(place, key_positions, lens)
+                return update(state, scores, seen, (key_positions - place).astype(jnp.float32), weigh)
+
+            first, stop = block_range(place, lens)
+            served = over_blocks(first, stop, body, start(rows)).finish()
+            before = lax.dynamic_slice_in_dim(out, offset, rows)
+            out = lax.dynamic_update_slice_in_dim(
+                out, jnp.where(mine[:, None, None, None], served, before), offset, 0
+            )
+            return begin + jnp.sum(mine, dtype=jnp.int32), out
+
+        empty = jnp.zeros((*grouped.shape[:3], v_pages.shape[-1]), jnp.float32)
+        return lax.while_loop(lambda c: c[0] < num_tokens, serve, (jnp.int32(0), empty))[1]
+
+    out = one_by_one() if num_rows <= block_tables.shape[0] else run_by_run()
+    return out.reshape(num_rows, num_heads, -1).astype(q.dtype)
+
+
+__all__ = ["attend_pages", "write_pages"]
