@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
-from jaxlib.mlir import ir
 from xdsl.dialects import builtin
 from xdsl.dialects.builtin import (
     BytesAttr,
@@ -124,14 +123,13 @@ def element_bytes(array: np.ndarray[Any, Any]) -> bytes:
 _ELEMENT = re.compile(r"[^\[\](),\s]+")
 
 
-def elements_from_text(attr: ir.DenseElementsAttr, element_type: Attribute) -> np.ndarray[Any, Any]:
-    """The elements [n] of a dense attribute, or [1] for a splat, from its text.
+def elements_from_text(body: str, element_type: Attribute) -> np.ndarray[Any, Any]:
+    """The elements [n], or [1] of a splat, that MLIR prints as ``dense<body>``.
 
     For the dtypes that jaxlib gives no buffer of. MLIR prints more than a hundred elements as the hexadecimal digits
     of their bytes, NaN and infinity as their bits, and any other number with the digits that identify it: all exact.
     """
     dtype = element_dtype(element_type)
-    body = str(attr).split("<", 1)[1].rsplit("> :", 1)[0]
     if isinstance(element_type, IntegerType):  # of less than a byte
         width = element_type.width.data
         values = list(bytes.fromhex(body[3:-1])) if body.startswith('"') else [int(t) for t in _ELEMENT.findall(body)]

@@ -74,14 +74,11 @@ _EXECUTABLES: WeakKeyDictionary[ModuleOp, _Executable] = WeakKeyDictionary()
 def _executable(module: ModuleOp) -> _Executable:
     if module not in _EXECUTABLES:
         signature = _main(module).function_type
+        inputs, outputs = (tuple(map(_aval, types.data)) for types in (signature.inputs, signature.outputs))
         exported = export_module(module, mlir.make_ir_context())
         bytecode = BytesIO()
         exported.operation.write_bytecode(bytecode)
-        _EXECUTABLES[module] = _Executable(
-            bytecode=bytecode.getvalue(),
-            inputs=tuple(map(_aval, signature.inputs.data)),
-            outputs=tuple(map(_aval, signature.outputs.data)),
-        )
+        _EXECUTABLES[module] = _Executable(bytecode=bytecode.getvalue(), inputs=inputs, outputs=outputs)
     return _EXECUTABLES[module]
 
 
@@ -118,7 +115,7 @@ def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, executable: _Executable
 def _jvp(primals: Any, tangents: Any, *, executable: _Executable, original: Callable[..., Any] | None) -> Any:
     if original is None:
         raise LlmirError("a compiled module has no derivative: differentiate the function it was compiled from")
-    instantiated = [ad.instantiate_zeros(tangent) for tangent in tangents]  # type: ignore[no-untyped-call]
+    instantiated = tuple(map(ad.instantiate_zeros, tangents))
     return jax.jvp(original, primals, instantiated)
 
 
@@ -129,8 +126,8 @@ def _batch(args: Any, dims: Any, *, executable: _Executable, original: Callable[
     return outs, [0] * len(outs)
 
 
-_call.def_abstract_eval(_abstract_eval)
-_call.def_impl(_eager_call)
+_call.def_abstract_eval(_abstract_eval)  # type: ignore[no-untyped-call]
+_call.def_impl(_eager_call)  # type: ignore[no-untyped-call]
 mlir.register_lowering(_call, _lowering)
 ad.primitive_jvps[_call] = _jvp
 batching.primitive_batchers[_call] = _batch
@@ -159,5 +156,5 @@ def call_module(
     for i, (arg, expected) in enumerate(zip(args, executable.inputs, strict=True)):
         got = jax.typeof(arg)
         if got.shape != expected.shape or got.dtype != expected.dtype:
-            raise LlmirError(f"argument {i} of @main must be {expected.str_short()}, got {got.str_short()}")
+            raise LlmirError(f"argument {i} of @main must be {expected}, got {got}")
     return list(_call.bind(*args, executable=executable, original=original))  # type: ignore[no-untyped-call]

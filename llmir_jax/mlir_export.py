@@ -13,6 +13,7 @@ from xdsl.dialects.builtin import (
     DictionaryAttr,
     FloatAttr,
     FunctionType,
+    IntegerType,
     ModuleOp,
     StringAttr,
     UnregisteredOp,
@@ -22,7 +23,7 @@ from xdsl.printer import Printer
 
 from llmir_jax.dense import element_dtype
 from llmir_jax.errors import InvalidIRError
-from llmir_jax.mlir_import import LOC
+from llmir_jax.mlir_import import LOC, MLIR_NAMES
 
 _PRIVATE_PREFIX = "llmir."
 
@@ -100,7 +101,9 @@ class _Exporter:
         elif dtype.kind == "c":
             elements = np.frombuffer(data, dtype)
         else:
-            elements = np.frombuffer(data, f"i{dtype.itemsize}")
+            elements = np.frombuffer(data, f"u{dtype.itemsize}")
+            if isinstance(element_type, IntegerType) and element_type.width.data < 8:
+                elements = elements & np.uint8(2**element_type.width.data - 1)
         return ir.DenseElementsAttr.get(elements, type=self.type(element_type), shape=attr.get_shape())
 
     def op(self, op: Operation, ip: ir.InsertionPoint | None) -> ir.Operation:
@@ -110,7 +113,8 @@ class _Exporter:
             assert isinstance(loc_attr, StringAttr)
             loc = self.locs[loc_attr] = ir.Location.name(loc_attr.data)
         attributes = self.dictionary(op.attributes)
-        attributes.update(self.dictionary(op.properties))
+        for key, attr in op.properties.items():
+            attributes[MLIR_NAMES.get((op.name, key), key)] = self.attr(attr)
         attributes.pop("op_name__", None)
         name, values = op_name(op), self.values
         try:

@@ -5,6 +5,7 @@ as the number 4286578688. Dense elements travel as raw bytes, so every dtype JAX
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from xdsl.dialects.builtin import (
     UnitAttr,
 )
 from xdsl.ir import Attribute, Block, Operation, Region, SSAValue, TypeAttribute
+from xdsl.irdl import OptionalDef
 from xdsl.parser import Parser
 from xdsl.utils.exceptions import ParseError
 
@@ -46,6 +48,10 @@ LOC = "llmir.loc"
 Operations inside functions that JAX shares between callers (``jnp.where`` …) have none: whoever inlines the call
 gives them the call's.
 """
+
+
+MLIR_NAMES = {("stablehlo.compare", "comparison_type"): "compare_type"}
+"""MLIR's names of the properties that xdsl-jax calls otherwise."""
 
 
 def make_context() -> Context:
@@ -125,7 +131,9 @@ class _Importer:
 
     def _convert_type(self, type_: ir.Type) -> Attribute:
         if isinstance(type_, ir.RankedTensorType):
-            shape = [-1 if type_.is_dynamic_dim(i) else type_.get_dim_size(i) for i in range(type_.rank)]
+            shape = [
+                builtin.DYNAMIC_INDEX if type_.is_dynamic_dim(i) else type_.get_dim_size(i) for i in range(type_.rank)
+            ]
             encoding = type_.encoding
             element_type = self.type(type_.element_type)
             if encoding is None:
@@ -177,28 +185,51 @@ class _Importer:
             return DenseArrayBase.from_list(builtin.i64, list(attr))
         if isinstance(attr, ir.UnitAttr):
             return UnitAttr()
-        return _parse(str(attr), Parser.parse_attribute)
+        text = str(attr)
+        if text.startswith("dense_resource<"):
+            raise InvalidIRError(f"elements outside the module, as in {text}, are not supported: make them dense")
+        return _parse(text, Parser.parse_attribute)
 
     def _dense(self, attr: ir.DenseElementsAttr) -> Attribute:
         tensor_type = self.type(attr.type)
-        assert isinstance(tensor_type, TensorType)
+        if not isinstance(tensor_type, TensorType):
+            raise InvalidIRError(f"dense elements of type {tensor_type} are not supported: only those of tensors are")
         try:
             elements = np.asarray(memoryview(attr))  # a splat has strides of zero
         except BufferError:
-            elements = elements_from_text(attr, tensor_type.element_type)
-        except TypeError:  # complex
-            elements = elements_from_text(attr, tensor_type.element_type)
+            body = str(attr).removeprefix("dense<").rpartition("> :")[0]
+            elements = elements_from_text(body, tensor_type.element_type)
         if attr.is_splat:
             elements = elements.reshape(-1)[:1]
         return DenseIntOrFPElementsAttr(tensor_type, BytesAttr(element_bytes(elements)))
 
+    def _attributes(self, op: ir.Operation) -> dict[str, Attribute]:
+        try:
+            items = op.attributes.items()
+        except TypeError:  # jaxlib cannot make a Python object of complex elements, and aborts on access by index
+            return self._complex_constant(op)
+        return {key: self.attr(attr) for key, attr in items}
+
+    def _complex_constant(self, op: ir.Operation) -> dict[str, Attribute]:
+        text = op.get_asm(print_generic_op_form=True, assume_verified=True)
+        match = re.search(r'"stablehlo\.constant"\(\) <\{value = dense<([^<>]*)> : ', text)
+        if match is None:
+            raise InvalidIRError(f"{op.name} has complex elements in an attribute: only stablehlo.constant may")
+        tensor_type = self.type(op.results[0].type)
+        assert isinstance(tensor_type, TensorType)
+        elements = elements_from_text(match.group(1), tensor_type.element_type)
+        value = DenseIntOrFPElementsAttr(tensor_type, BytesAttr(element_bytes(elements)))
+        others = {key: self.attr(op.attributes[key]) for key in op.attributes if key != "value"}
+        return {"value": value, **others}
+
     def op(self, op: ir.Operation) -> Operation:
         name, values = op.name, self.values
         op_class = _op_class(name)
-        attributes: dict[str, Attribute] = {}
-        for key, attr in op.attributes.items():
-            attributes[key] = self.attr(attr)
-        properties = {key: attributes.pop(key) for key in _property_names(op_class) if key in attributes}
+        attributes, properties = self._attributes(op), {}
+        for key, (xdsl_key, default) in _properties(op_class).items():
+            attr = attributes.pop(key, default)
+            if attr is not None:
+                properties[xdsl_key] = attr
         location = op.location.attr
         if location not in self.locs:
             text = _location_text(op.location)
@@ -234,9 +265,18 @@ class _Importer:
 
 
 @cache
-def _property_names(op_class: type[Operation]) -> tuple[str, ...]:
+def _properties(op_class: type[Operation]) -> dict[str, tuple[str, Attribute | None]]:
+    """From MLIR's names of an operation's properties to xDSL's, and the values of those that xDSL needs present."""
     get_definition = getattr(op_class, "get_irdl_definition", None)
-    return () if get_definition is None else tuple(get_definition().properties)
+    if get_definition is None:
+        return {}
+    return {
+        MLIR_NAMES.get((op_class.name, name), name): (
+            name,
+            None if isinstance(definition, OptionalDef) else definition.default_value,
+        )
+        for name, definition in get_definition().properties.items()
+    }
 
 
 def _parse(text: str, parse: Callable[[Parser], Attribute]) -> Attribute:

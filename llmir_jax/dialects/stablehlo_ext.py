@@ -1,6 +1,7 @@
-"""StableHLO and CHLO operations that xdsl-jax does not define and that passes must understand.
+"""StableHLO and CHLO operations that xdsl-jax does not define, or defines wrongly, and that passes must understand.
 
-``StableHLO`` here is xdsl-jax's dialect with ours added to it; load this one in place of xdsl-jax's.
+``StableHLO`` here is xdsl-jax's dialect with ours added to it; load this one in place of xdsl-jax's. ``PadOp`` replaces
+xdsl-jax's, which refuses to pad anything but 32-bit integers.
 Specification: https://github.com/openxla/stablehlo/blob/main/docs/spec.md
 """
 
@@ -74,6 +75,82 @@ class DynamicUpdateSliceOp(IRDLOperation):
             )
         if any(u > o >= 0 for u, o in zip(update.get_shape(), operand.get_shape(), strict=True)):
             raise VerifyException(f"update {update} does not fit into operand {operand}")
+
+
+@irdl_op_definition
+class PadOp(IRDLOperation):
+    """
+    `operand` with `padding_value` around and between its elements. Negative edge padding removes elements.
+
+    See: https://github.com/openxla/stablehlo/blob/main/docs/spec.md#pad
+
+    Example:
+    ```mlir
+    %result = stablehlo.pad %operand, %padding_value, low = array<i64: 0, 1>, high = array<i64: 2, 1>,
+        interior = array<i64: 1, 0> : (tensor<2x3xf32>, tensor<f32>) -> tensor<5x5xf32>
+    ```
+    """
+
+    name = "stablehlo.pad"
+
+    operand = operand_def(AnyTensorType)
+    padding_value = operand_def(AnyTensorType)
+    edge_padding_low = prop_def(DenseArrayBase.constr(i64))
+    edge_padding_high = prop_def(DenseArrayBase.constr(i64))
+    interior_padding = prop_def(DenseArrayBase.constr(i64))
+    result = result_def(AnyTensorType)
+
+    traits = traits_def(Pure())
+
+    assembly_format = (
+        "$operand `,` $padding_value `,` `low` `=` $edge_padding_low `,` `high` `=` $edge_padding_high `,` "
+        "`interior` `=` $interior_padding attr-dict `:` functional-type(operands, results)"
+    )
+
+    def __init__(
+        self,
+        operand: SSAValue,
+        padding_value: SSAValue,
+        edge_padding_low: Sequence[int],
+        edge_padding_high: Sequence[int],
+        interior_padding: Sequence[int],
+    ):
+        operand_type = _tensor(operand)
+        paddings = zip(operand_type.get_shape(), edge_padding_low, edge_padding_high, interior_padding, strict=True)
+        shape = [_padded(*padding) for padding in paddings]
+        super().__init__(
+            operands=(operand, padding_value),
+            properties={
+                "edge_padding_low": DenseArrayBase.from_list(i64, edge_padding_low),
+                "edge_padding_high": DenseArrayBase.from_list(i64, edge_padding_high),
+                "interior_padding": DenseArrayBase.from_list(i64, interior_padding),
+            },
+            result_types=(TensorType(operand_type.element_type, shape),),
+        )
+
+    def verify_(self) -> None:
+        operand, value = _tensor(self.operand), _tensor(self.padding_value)
+        low, high = self.edge_padding_low.get_values(), self.edge_padding_high.get_values()
+        interior, shape = self.interior_padding.get_values(), operand.get_shape()
+        if value != TensorType(operand.element_type, []):
+            raise VerifyException(f"padding_value must be a scalar of {operand.element_type}, got {value}")
+        if not len(low) == len(high) == len(interior) == len(shape):
+            raise VerifyException(
+                f"low, high and interior must have one value for each of the {len(shape)} dimensions, "
+                f"got {len(low)}, {len(high)} and {len(interior)}"
+            )
+        if any(inner < 0 for inner in interior):
+            raise VerifyException(f"interior padding {list(interior)} must not be negative")
+        padded = [_padded(*padding) for padding in zip(shape, low, high, interior, strict=True)]
+        if self.result.type != TensorType(operand.element_type, padded):
+            raise VerifyException(
+                f"result must be {TensorType(operand.element_type, padded)} for operand {operand}, "
+                f"got {self.result.type}"
+            )
+
+
+def _padded(dim: int, low: int, high: int, interior: int) -> int:
+    return dim if dim < 0 else low + dim + max(dim - 1, 0) * interior + high
 
 
 @irdl_op_definition
@@ -231,7 +308,12 @@ class SquareOp(_ElementwiseUnaryOp):
 
 StableHLO = Dialect(
     "stablehlo",
-    [*BaseStableHLO.operations, DynamicUpdateSliceOp, ReverseOp],
+    [
+        *(op for op in BaseStableHLO.operations if op.name != PadOp.name),
+        DynamicUpdateSliceOp,
+        PadOp,
+        ReverseOp,
+    ],
     [*BaseStableHLO.attributes],
 )
 
