@@ -37,10 +37,24 @@ class Source:
     interleaved_heads: int | None = None  # rows of this many heads, the channels of each RoPE pair side by side
 
 
+@dataclass(frozen=True)
+class _OneKey:
+    """Stands for nnx.Rngs where no number is drawn: counting keys would take most of the time of an abstract build."""
+
+    key: jax.Array
+
+    def params(self) -> jax.Array:
+        return self.key
+
+
 def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike) -> nnx.Module:
     """The model with a shape and dtype in place of every array."""
-    model_type = GPT2 if isinstance(config, GPT2Config) else Llama
-    return nnx.eval_shape(lambda: model_type(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+
+    def build() -> nnx.Module:
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": _OneKey(jax.random.key(0))}
+        return GPT2(config, **options) if isinstance(config, GPT2Config) else Llama(config, **options)
+
+    return nnx.eval_shape(build)
 
 
 def assemble(

@@ -86,7 +86,7 @@ class _Header:
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path = path
-        self.data = memoryview(data)
+        self.data = memoryview(data.data)
         self.position = 0
         if self._take(4) != b"GGUF":
             raise CheckpointError(f"{path}: not a GGUF file (it does not start with 'GGUF')")

@@ -102,10 +102,13 @@ def _restore(folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory; the checkpoint is incomplete")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}  # type: ignore[no-untyped-call]
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         try:
-            found = {name: tuple(entry.shape) for name, entry in checkpointer.metadata(folder.resolve()).tree.items()}
+            found = {
+                name: tuple(entry.shape)
+                for name, entry in checkpointer.metadata(folder.resolve()).item_metadata.tree.items()
+            }
         except Exception as error:  # tensorstore, orbax and the file system each raise their own
             raise _damaged(folder, error) from None
         expected = {name: x.shape for name, x in target.items()}

@@ -1,4 +1,4 @@
-"""A model from a Hugging Face directory: config.json, safetensors in one file or in shards, tokenizer, chat template."""
+"""A model from a Hugging Face directory: config, weights in one .safetensors file or in shards, tokenizer, template."""
 
 import json
 import re
@@ -68,7 +68,7 @@ class SafetensorsReader:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safetensors.safe_open(str(path), framework="np")
+            file: Any = safetensors.safe_open(str(path), framework="np")
             names = file.keys()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete: fetch it again") from None

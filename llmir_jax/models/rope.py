@@ -40,7 +40,8 @@ RopeScaling = LinearScaling | Llama3Scaling | FrequencyFactors
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians a position turns each pair of channels by: float32[head_dim / 2]."""
-    freqs = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freqs: np.ndarray = np.float32(1.0) / np.float32(theta) ** exponents
     if isinstance(scaling, LinearScaling):
         freqs = freqs / scaling.factor
     elif isinstance(scaling, Llama3Scaling):
