@@ -37,13 +37,15 @@ class StepBatch(NamedTuple):
     positions: jax.Array  # [T]
     seq_ids: jax.Array  # [T], row of the block tables
     num_tokens: jax.Array  # []
-    block_tables: tuple[jax.Array, ...]  # per cache group [S, P]; entry p holds positions [p*page_size, (p+1)*page_size)
+    block_tables: tuple[
+        jax.Array, ...
+    ]  # per cache group [S, P]; entry p holds positions [p*page_size, (p+1)*page_size)
     seq_lens: jax.Array  # [S], context length including this step's tokens; 0 for a row that is not in use
     logits_rows: jax.Array  # [S], the row of `tokens` whose logits each sequence wants; 0 for one that wants none
 
 
 class StepModel(Protocol):
-    """A decoder as the engine sees it. `step` is traceable: the engine jits it with the sampler and donates the cache."""
+    """A decoder as the engine sees it. `step` is traceable: the engine jits it with an argmax and donates the cache."""
 
     @property
     def params(self) -> Any: ...

@@ -1,0 +1,274 @@
+"""The device's side of the engine: the cache, the sampler's state, and the few compiled programs that change them.
+
+The programs are: the model's step with the argmax of its logits, one a bucket; the sampler, run after the step only if
+a request wants more than the argmax; the fill of a slot's seen tokens; and the copy of pages. The state is donated to
+each, so that none copies the cache. A step takes one host array in, and at most one comes back.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from llmir_jax.runtime import sampler
+from llmir_jax.runtime.batch import Cache, StepBatch, StepModel
+from llmir_jax.runtime.outputs import TokenLogprobs
+from llmir_jax.runtime.packing import Field, Packing
+from llmir_jax.runtime.pages import CachePages, PageCopy
+from llmir_jax.runtime.request import Request
+from llmir_jax.runtime.scheduler import Chunk, Schedule
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """A program that was compiled: ``bucket`` is a step's number of token rows, None for the programs without one."""
+
+    program: str
+    bucket: int | None
+    seconds: float  # of tracing and compiling
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """The token sampled for a request; None if its logits are not numbers."""
+
+    request: Request
+    token_id: int | None
+    logprobs: TokenLogprobs | None
+
+
+class Runner:
+    """Runs schedules on the device.
+
+    Args:
+        model: the step, and the sizes of its batch.
+        pages: block tables of the sequences that are scheduled.
+    """
+
+    def __init__(self, model: StepModel, pages: CachePages) -> None:
+        self.compilations: list[Compilation] = []
+        self._model = model
+        self._pages = pages
+        self._num_traces = 0
+        self._rows_packing = sampler.rows_packing(model.max_seqs)
+        self._tokens_packing = sampler.tokens_packing(model.max_seqs, model.vocab_size)
+        self._step_packings = {bucket: self._step_packing(bucket) for bucket in model.buckets}
+        self._steps = {
+            bucket: jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
+            for bucket, packing in self._step_packings.items()
+        }
+        self._sample = jax.jit(self._trace_sample, donate_argnames="seen")
+        self._fill_seen = jax.jit(self._trace_fill_seen, donate_argnames="seen")
+        self._copy_pages = jax.jit(self._trace_copy_pages, donate_argnames="cache")
+        self._cache: Cache | None = model.init_cache()
+        self._seen: jax.Array | None = self._init_seen()
+
+    # Running
+
+    def run(self, schedule: Schedule) -> list[NextToken]:
+        """Make the page copies, compute the chunks, and sample a token for each that ends its request's tokens.
+
+        Waits for the device only if a token is sampled.
+        """
+        if schedule.copies:
+            self._run_copies(schedule.copies)
+        logits, greedy = self._run_step(self._pack_batch(schedule), schedule.bucket)
+        ending = [chunk for chunk in schedule.chunks if chunk.is_last]
+        if not ending:
+            return []
+        if all(chunk.request.params.is_plain_greedy for chunk in ending):
+            tokens = np.asarray(greedy)
+            return [self._next_token(chunk, tokens[chunk.slot]) for chunk in ending]
+        for chunk in ending:
+            self._ensure_seen(chunk)
+        values = self._tokens_packing.views(np.asarray(self._run_sampler(logits, self._pack_rows(ending))))
+        return [
+            self._next_token(chunk, *(values[name][chunk.slot] for name in sampler.SampledTokens._fields))
+            for chunk in ending
+        ]
+
+    def warmup(self) -> None:
+        """Compile every program, by running each on nothing: the cache's contents stay as they are."""
+        for bucket in self._model.buckets:
+            packed, _ = self._step_packings[bucket].allocate()
+            logits, _ = self._run_step(packed, bucket)
+        packed, _ = self._rows_packing.allocate()
+        self._run_sampler(logits, packed).block_until_ready()
+        self._run_copies(())
+        self._run_fill_seen(self._model.max_seqs, [])  # a slot that does not exist: nothing is filled
+
+    def drop_state(self) -> None:
+        """Throw the device's state away, for example because it may hold NaNs; the next step begins with zeros."""
+        self._cache = self._seen = None
+
+    def drop_lost_state(self) -> None:
+        """Throw away what was donated to a step that did not come back; the rest stays."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._seen))):
+            self.drop_state()
+
+    # Calls of the compiled programs. Each puts the new state in place of the one it donated.
+
+    def _run_step(self, packed: NDArray[np.int32], bucket: int) -> tuple[jax.Array, jax.Array]:
+        cache = self._model.init_cache() if self._cache is None else self._cache
+        call = partial(self._steps[bucket], self._model.params, cache, packed)
+        logits, greedy, self._cache = self._timed("step", bucket, call)
+        return logits, greedy
+
+    def _run_sampler(self, logits: jax.Array, packed: NDArray[np.int32]) -> jax.Array:
+        seen = self._init_seen() if self._seen is None else self._seen
+        tokens: jax.Array
+        tokens, self._seen = self._timed("sample", None, partial(self._sample, seen, logits, packed))
+        return tokens
+
+    def _run_fill_seen(self, slot: int, tokens: list[int]) -> None:
+        seen = self._init_seen() if self._seen is None else self._seen
+        padded = np.full(self._model.max_seq_len, self._model.vocab_size, np.int32)
+        padded[: len(tokens)] = tokens
+        call = partial(self._fill_seen, seen, np.int32(slot), padded)
+        self._seen = self._timed("fill seen tokens", None, call)
+
+    def _run_copies(self, copies: tuple[PageCopy, ...]) -> None:
+        """At most one page a group and sequence is copied in a step: the one it goes on writing."""
+        groups = self._model.cache_groups
+        # Rows that are not needed copy to a page past the end, which is dropped.
+        targets = np.array([[group.num_pages] * self._model.max_seqs for group in groups], np.int32)
+        sources = np.zeros_like(targets)
+        num_copies = [0] * len(groups)
+        for copy in copies:
+            sources[copy.group, num_copies[copy.group]] = copy.source
+            targets[copy.group, num_copies[copy.group]] = copy.target
+            num_copies[copy.group] += 1
+        cache = self._model.init_cache() if self._cache is None else self._cache
+        self._cache = self._timed("copy pages", None, partial(self._copy_pages, cache, sources, targets))
+
+    def _timed(self, program: str, bucket: int | None, call: Callable[[], T]) -> T:
+        num_traces = self._num_traces
+        start = time.perf_counter()
+        result = call()
+        if self._num_traces != num_traces:
+            seconds = time.perf_counter() - start
+            self.compilations.append(Compilation(program=program, bucket=bucket, seconds=seconds))
+        return result
+
+    # The programs, as they are traced
+
+    def _trace_step(
+        self, packing: Packing, params: Any, cache: Cache, packed: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        self._num_traces += 1
+        fields = packing.unpack(packed)
+        tables = tuple(fields.pop(_table_name(idx)) for idx in range(len(self._model.cache_groups)))
+        logits, cache = self._model.step(params, cache, StepBatch(**fields, block_tables=tables))
+        return logits, sampler.greedy(logits), cache
+
+    def _trace_sample(self, seen: jax.Array, logits: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        self._num_traces += 1
+        rows = sampler.SamplingRows(**self._rows_packing.unpack(packed))
+        tokens, seen = sampler.sample(logits, seen, rows)
+        return sampler.pack_tokens(tokens), seen
+
+    def _trace_fill_seen(self, seen: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
+        self._num_traces += 1
+        return sampler.fill_seen(seen, slot, tokens)
+
+    def _trace_copy_pages(self, cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
+        self._num_traces += 1
+        return tuple(
+            jax.tree.map(lambda pages, s=source, t=target: pages.at[t].set(pages[s], mode="drop"), layers)
+            for layers, source, target in zip(cache, sources, targets, strict=True)
+        )
+
+    # Host arrays
+
+    def _step_packing(self, bucket: int) -> Packing:
+        num_seqs = self._model.max_seqs
+        return Packing(
+            (
+                Field(name="tokens", shape=(bucket,)),
+                Field(name="positions", shape=(bucket,)),
+                Field(name="seq_ids", shape=(bucket,)),
+                Field(name="num_tokens", shape=()),
+                Field(name="seq_lens", shape=(num_seqs,)),
+                Field(name="logits_rows", shape=(num_seqs,)),
+                *(
+                    Field(name=_table_name(idx), shape=(num_seqs, group.table_len))
+                    for idx, group in enumerate(self._pages.groups)
+                ),
+            )
+        )
+
+    def _pack_batch(self, schedule: Schedule) -> NDArray[np.int32]:
+        buffer, views = self._step_packings[schedule.bucket].allocate()
+        begin = 0
+        for chunk in schedule.chunks:
+            end = begin + chunk.stop - chunk.start
+            views["tokens"][begin:end] = chunk.request.tokens[chunk.start : chunk.stop]
+            views["positions"][begin:end] = np.arange(chunk.start, chunk.stop)
+            views["seq_ids"][begin:end] = chunk.slot
+            views["seq_lens"][chunk.slot] = chunk.stop
+            views["logits_rows"][chunk.slot] = end - 1 if chunk.is_last else 0
+            for idx, group in enumerate(self._pages.groups):
+                views[_table_name(idx)][chunk.slot] = group.table(chunk.request.request_id)
+            begin = end
+        views["num_tokens"][...] = begin
+        return buffer
+
+    def _pack_rows(self, chunks: list[Chunk]) -> NDArray[np.int32]:
+        buffer, views = self._rows_packing.allocate()
+        for chunk in chunks:
+            request, params = chunk.request, chunk.request.params
+            values = {
+                "is_sampled": 1,
+                "token_idx": request.num_generated,
+                "seed": sampler.seed_words(request.seed),
+                "temperature": 0 if params.is_greedy else params.temperature,
+                "top_k": min(params.top_k or 0, self._model.vocab_size),
+                "top_p": params.top_p if params.top_p < 1 else 0,
+                "min_p": params.min_p,
+                "repetition_penalty": 0 if params.repetition_penalty == 1 else params.repetition_penalty,
+                "wants_logprobs": 0 if params.logprobs is None else 1,
+            }
+            for name, value in values.items():
+                views[name][chunk.slot] = value
+        return buffer
+
+    def _ensure_seen(self, chunk: Chunk) -> None:
+        """Tell the sampler which tokens a request has had, once each time it gets a slot; later ones it counts."""
+        request = chunk.request
+        if request.is_seen_filled or request.params.repetition_penalty == 1:
+            return
+        self._run_fill_seen(chunk.slot, request.tokens)
+        request.is_seen_filled = True
+
+    def _next_token(
+        self,
+        chunk: Chunk,
+        token: np.int32,
+        logprob: np.float32 | None = None,
+        top_ids: NDArray[np.int32] | None = None,
+        top_logprobs: NDArray[np.float32] | None = None,
+    ) -> NextToken:
+        token_id = int(token)
+        if token_id >= self._model.vocab_size:
+            return NextToken(request=chunk.request, token_id=None, logprobs=None)
+        num_top = chunk.request.params.logprobs
+        if num_top is None or logprob is None or top_ids is None or top_logprobs is None:
+            return NextToken(request=chunk.request, token_id=token_id, logprobs=None)
+        top = tuple(zip(top_ids[:num_top].tolist(), top_logprobs[:num_top].tolist(), strict=True))
+        logprobs = TokenLogprobs(token_id=token_id, logprob=float(logprob), top=top)
+        return NextToken(request=chunk.request, token_id=token_id, logprobs=logprobs)
+
+    def _init_seen(self) -> jax.Array:
+        return jnp.zeros((self._model.max_seqs, self._model.vocab_size), bool)
+
+
+def _table_name(group_idx: int) -> str:
+    return f"block_table_{group_idx}"
