@@ -37,9 +37,10 @@ def write_pages(
         num_tokens: int32 []; rows from it on are padding and are not written.
     """
     num_pages, page_size, *row = k_pages.shape
-    valid = jnp.arange(k.shape[0], dtype=jnp.int32) < num_tokens
+    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
+    valid = rows < num_tokens
     page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
-    slot = jnp.where(valid, page * page_size + positions % page_size, num_pages * page_size)
+    slot = jnp.where(valid, page * page_size + positions % page_size, num_pages * page_size + rows)
 
     def write(pages: Array, new: Array) -> Array:
         flat = pages.reshape(num_pages * page_size, *row)
@@ -77,7 +78,7 @@ def attend_pages(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Array:
-    """Attention of tokens to the pages of their sequences; the result has q's dtype.
+    """Attention of tokens to the pages of their sequences: float32 [T, num_heads, head_dim of the values].
 
     Args:
         q: [T, num_heads, head_dim].
@@ -212,7 +213,7 @@ def attend_pages(
         return lax.while_loop(lambda c: c[0] < num_tokens, serve, (jnp.int32(0), empty))[1]
 
     out = one_by_one() if num_rows <= block_tables.shape[0] else run_by_run()
-    return out.reshape(num_rows, num_heads, -1).astype(q.dtype)
+    return out.reshape(num_rows, num_heads, -1)
 
 
 __all__ = ["attend_pages", "write_pages"]

@@ -1,0 +1,129 @@
+"""Lays two traces of one forward, at different numbers of tokens, side by side.
+
+A dim is part of the token axis exactly when its size differs between the two; an attribute or a constant that differs
+depends on the sequence length. Nothing else may differ: a forward whose operations depend on the length has no single
+step to derive.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from xdsl.dialects.builtin import FunctionType, ModuleOp, TensorType
+from xdsl.dialects.func import FuncOp
+from xdsl.ir import Attribute, Block, Operation, SSAValue
+
+from llmir_jax.errors import UnsupportedModelError
+from llmir_jax.interop import LOC, op_name
+
+
+def location(op: Operation) -> str:
+    """Where in the user's source `op` comes from."""
+    attribute = op.attributes.get(LOC)
+    return "unknown location" if attribute is None else str(getattr(attribute, "data", attribute))
+
+
+def main_function(module: ModuleOp) -> FuncOp:
+    """The function @main of `module`."""
+    for op in module.ops:
+        if isinstance(op, FuncOp) and op.sym_name.data == "main":
+            return op
+    raise UnsupportedModelError("the module has no function @main: expected one as JAX lowers it")
+
+
+@dataclass
+class Alignment:
+    """Two traces side by side. `twin` maps each operation and value of the first to the second's."""
+
+    length: int
+    other_length: int
+    ops: dict[Operation, Operation] = field(default_factory=dict)
+    values: dict[SSAValue, SSAValue] = field(default_factory=dict)
+    token_sized: dict[SSAValue, tuple[int, ...]] = field(default_factory=dict)
+    """Per value and dim: how many times the length it holds, 0 for a dim of fixed size, −… never."""
+    odd: dict[SSAValue, str] = field(default_factory=dict)
+    """Values with a dim that differs but is no multiple of the length, and why that matters."""
+    varying: dict[Operation, frozenset[str]] = field(default_factory=dict)
+    """Properties of an operation that depend on the length."""
+
+
+def align(first: ModuleOp, second: ModuleOp, length: int, other_length: int) -> Alignment:
+    """Align two traces of the same forward; raise UnsupportedModelError where their structure differs."""
+    result = Alignment(length, other_length)
+    _align_blocks(main_function(first).body.block, main_function(second).body.block, result)
+    return result
+
+
+def _align_blocks(a: Block, b: Block, result: Alignment) -> None:
+    for x, y in zip(a.args, b.args, strict=True):
+        _align_values(x, y, result)
+    ops_a, ops_b = list(a.ops), list(b.ops)
+    for x, y in zip(ops_a, ops_b, strict=False):
+        _align_ops(x, y, result)
+    if len(ops_a) != len(ops_b):
+        extra = (ops_a if len(ops_a) > len(ops_b) else ops_b)[min(len(ops_a), len(ops_b))]
+        raise _structure_error(extra, result)
+
+
+def _structure_error(op: Operation, result: Alignment) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{op_name(op)} at {location(op)}: the forward computes different operations for {result.length} and for "
+        f"{result.other_length} tokens, so it has no step that serves every length. Loops or branches over the "
+        "sequence (a recurrence over tokens, chunked attention, a condition on the length) cannot be derived"
+    )
+
+
+def _align_ops(x: Operation, y: Operation, result: Alignment) -> None:
+    same = (
+        op_name(x) == op_name(y)
+        and len(x.operands) == len(y.operands)
+        and len(x.results) == len(y.results)
+        and len(x.regions) == len(y.regions)
+        and all(result.values.get(p) is q for p, q in zip(x.operands, y.operands, strict=True))
+    )
+    if not same:
+        raise _structure_error(x, result)
+    result.ops[x] = y
+    varying = frozenset(_varying(x, y))
+    if varying:
+        result.varying[x] = varying
+    for p, q in zip(x.results, y.results, strict=True):
+        _align_values(p, q, result)
+    for r, s in zip(x.regions, y.regions, strict=True):
+        for block, other in zip(r.blocks, s.blocks, strict=True):
+            _align_blocks(block, other, result)
+
+
+def _varying(x: Operation, y: Operation) -> Iterator[str]:
+    for table, other in ((x.properties, y.properties), (x.attributes, y.attributes)):
+        for name in table.keys() | other.keys():
+            if name.startswith("llmir.") or name == "op_name__":
+                continue
+            if table.get(name) != other.get(name):
+                yield name
+
+
+def _align_values(x: SSAValue, y: SSAValue, result: Alignment) -> None:
+    result.values[x] = y
+    if not isinstance(x.type, TensorType) or not isinstance(y.type, TensorType):
+        return
+    a, b = x.type.get_shape(), y.type.get_shape()
+    if len(a) != len(b):
+        result.odd[x] = f"has {len(a)} dims for {result.length} tokens and {len(b)} for {result.other_length}"
+        return
+    multiples = []
+    for m, n in zip(a, b, strict=True):
+        if m == n:
+            multiples.append(0)
+            continue
+        count, rest = divmod(m, result.length)
+        if rest or n != count * result.other_length:
+            result.odd[x] = f"has an axis of {m} elements for {result.length} tokens and {n} for {result.other_length}"
+            return
+        multiples.append(count)
+    result.token_sized[x] = tuple(multiples)
+
+
+def result_types(function_type: Attribute) -> tuple[Attribute, ...]:
+    """The result types of a function type."""
+    assert isinstance(function_type, FunctionType)
+    return tuple(function_type.outputs)

@@ -1,0 +1,212 @@
+"""Which attention a map from scores to weights is: found by evaluating it, not by how it was written.
+
+The map takes the scores q·k and the tokens' positions and gives the weights of the keys. It is run on chosen positions
+and random scores; from what comes out, the causal mask, the sliding window and the ALiBi slopes are read, and then the
+hypothesis
+
+    weights = softmax over visible keys of (softcap(scale * scores) + slope_h * (key position - query position))
+
+is checked on fresh random scores and positions, far ones included. ALiBi: Press et al., 2022 (arXiv:2108.12409).
+Soft-cap: Gemma 2 (arXiv:2408.00118).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Weights = Callable[[Array, Array], Array]
+"""(scores [heads, n, n], positions int32 [n]) → weights [heads, n, n] of query i for key j."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFunction:
+    """softcap(scale * score) before the mask; softcap None for none."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(self, scores: Array) -> Array:
+        scaled = self.scale * scores.astype(np.float64)
+        return scaled if self.softcap is None else self.softcap * np.tanh(scaled / self.softcap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskForm:
+    """A causal mask, with a window in tokens if it slides, and ALiBi slopes per head if there are any."""
+
+    window: int | None
+    slopes: tuple[float, ...] | None
+
+
+def expected_weights(form: MaskForm, score: ScoreFunction, scores: Array, positions: Array) -> Array:
+    """The weights that `form` gives: float64 [heads, n, n]."""
+    distance = positions[None, :].astype(np.int64) - positions[:, None]  # key - query
+    logits = score(scores)
+    if form.slopes is not None:
+        logits = logits + np.asarray(form.slopes)[:, None, None] * distance
+    visible = distance <= 0
+    if form.window is not None:
+        visible &= distance > -form.window
+    logits = np.where(visible, logits, -np.inf)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+    return np.divide(weights, total)
+
+
+def classify(
+    weights: Weights,
+    score: ScoreFunction,
+    *,
+    heads: int,
+    length: int,
+    max_seq_len: int,
+    tolerance: float,
+    seed: int = 0,
+) -> MaskForm | str:
+    """The form of the attention, or the reason it is none that can be derived.
+
+    Args:
+        weights: the map, evaluated for `length` tokens at a time.
+        score: what the map does to the scores before the mask, read from the graph.
+        max_seq_len: positions below it are probed.
+        tolerance: how far a weight may be from what the form gives, absolute, by dtype.
+    """
+    rng = np.random.default_rng(seed)
+    near = np.arange(length, dtype=np.int32)
+    zeros = np.zeros((heads, length, length), np.float32)
+    base = weights(zeros, near)
+    if reason := _not_causal(base, near, tolerance):
+        return reason
+    slopes = _slopes(weights, zeros, near, max_seq_len, length)
+    window = _window(weights, base, zeros, slopes, length, max_seq_len)
+    form = MaskForm(window=window, slopes=slopes)
+    for positions in _probes(rng, length, max_seq_len, window):
+        for spread in (0.5, 3.0):
+            scores = (rng.standard_normal((heads, length, length)) * spread / max(abs(score.scale), 1e-6)).astype(
+                np.float32
+            )
+            if reason := _mismatch(weights(scores, positions), form, score, scores, positions, tolerance):
+                return reason
+    return form
+
+
+def _not_causal(weights: Array, positions: Array, tolerance: float) -> str | None:
+    if not np.isfinite(weights).all():
+        h, q, k = np.argwhere(~np.isfinite(weights))[0]
+        return f"the query at position {positions[q]} gets weights that are not finite (a mask that leaves it no key?)"
+    later = np.triu(np.ones(weights.shape[1:], bool), 1)
+    seen = (weights > tolerance**2) & later
+    if seen.any():
+        _, q, k = np.argwhere(seen)[0]
+        return (
+            f"the query at position {positions[q]} attends to the later position {positions[k]}: "
+            "the mask is not causal (bidirectional or prefix attention)"
+        )
+    diagonal = np.diagonal(weights, axis1=1, axis2=2)
+    if (diagonal <= tolerance**2).any():
+        q = int(np.argwhere(diagonal <= tolerance**2)[0][1])
+        return f"the query at position {positions[q]} does not attend to itself"
+    return None
+
+
+def _slopes(weights: Weights, zeros: Array, near: Array, max_seq_len: int, length: int) -> tuple[float, ...] | None:
+    """ALiBi slopes from the decay of the weights with distance at equal scores, or None where there is none."""
+    steps = np.unique(np.geomspace(1, max(max_seq_len - 1, 2), length * 4).astype(np.int32))
+    steps = steps[np.linspace(0, len(steps) - 1, min(length - 1, len(steps))).astype(int)]
+    pad = np.setdiff1d(near, steps)[: length - 1 - len(steps)]
+    positions = np.sort(np.concatenate([[0], steps, pad[pad > 0]]).astype(np.int32))
+    positions = np.unique(positions)
+    if len(positions) < length:
+        extra = np.setdiff1d(np.arange(max_seq_len + length, dtype=np.int32), positions)[: length - len(positions)]
+        positions = np.sort(np.concatenate([positions, extra]))
+    got = weights(zeros, positions).astype(np.float64)
+    slopes = []
+    for head in got:
+        diagonal = np.diagonal(head)
+        usable = (head > 1e-30) & (diagonal[:, None] > 1e-30)
+        distance = positions[None, :].astype(np.float64) - positions[:, None]
+        usable &= distance < 0
+        if not usable.any():
+            slopes.append(0.0)
+            continue
+        with np.errstate(divide="ignore"):
+            decay = np.log(head) - np.log(diagonal)[:, None]
+        q, k = np.unravel_index(np.argmin(np.where(usable, decay, np.inf)), decay.shape)
+        slopes.append(float(decay[q, k] / distance[q, k]) if decay[q, k] < -0.5 else 0.0)
+    if not any(slopes):
+        return None
+    return tuple(float(np.float32(s)) for s in slopes)
+
+
+def _window(
+    weights: Weights, base: Array, zeros: Array, slopes: tuple[float, ...] | None, length: int, max_seq_len: int
+) -> int | None:
+    """How many tokens a query sees, itself included, or None if it sees all before it."""
+
+    def hidden(distances: Array) -> Array:
+        """For each distance, whether position 0 is hidden from the query that far on. distances [length - 1]."""
+        positions = np.concatenate([[0], distances]).astype(np.int32)
+        return np.asarray((weights(zeros, positions)[:, 1:, 0] == 0).all(0))
+
+    last = (base[:, -1, :] > 0).any(0)
+    if not last[0]:
+        return int(last.sum())
+    if slopes is not None or max_seq_len <= length:
+        return None
+    low, high = length - 1, max_seq_len - 1  # position 0 is seen from `low`
+    while high > low:
+        distances = np.unique(np.linspace(low, high, length - 1).astype(np.int32))
+        padded = np.concatenate([distances, high + 1 + np.arange(length - 1 - len(distances), dtype=np.int32)])
+        unseen = hidden(padded)[: len(distances)]
+        if not unseen.any():
+            return None
+        first = int(np.argmax(unseen))
+        if first == 0:
+            return int(distances[0])
+        low, high = int(distances[first - 1]), int(distances[first])
+        if high - low <= 1:
+            return high
+    return None
+
+
+def _probes(rng: np.random.Generator, length: int, max_seq_len: int, window: int | None) -> list[Array]:
+    """Sets of distinct positions [length], int32: near, far, around the window's edge, and in no order."""
+    span = max(max_seq_len, length)
+    probes = [np.arange(length), np.arange(span - length, span)]
+    probes.append(np.sort(rng.choice(span, length, replace=False)))
+    probes.append(rng.choice(span, length, replace=False))
+    if window is not None:
+        half = length // 2
+        edge = max(window - half // 2, half)
+        probes.append(np.concatenate([np.arange(half), edge + np.arange(length - half)]))
+    return [p.astype(np.int32) for p in probes]
+
+
+def _mismatch(
+    got: Array, form: MaskForm, score: ScoreFunction, scores: Array, positions: Array, tolerance: float
+) -> str | None:
+    expected = expected_weights(form, score, scores, positions)
+    got = got.astype(np.float64)
+    error = np.abs(got - expected)
+    limit = tolerance * (1 + 10 * expected)
+    wrong = ~(error <= limit)
+    masked = expected == 0
+    wrong |= masked & (got > 1e-20) & (error > tolerance**2)
+    if not wrong.any():
+        return None
+    h, q, k = (int(i) for i in np.argwhere(wrong)[0])
+    if positions[k] > positions[q] and got[h, q, k] > 0:
+        return (
+            f"the query at position {positions[q]} attends to the later position {positions[k]}: "
+            "the mask is not causal (bidirectional or prefix attention)"
+        )
+    return (
+        f"the weights are not a softmax of the scores under a causal mask: head {h}, query at position {positions[q]}, "
+        f"key at position {positions[k]} has weight {got[h, q, k]:.6g}, expected {expected[h, q, k]:.6g} "
+        f"({'no window' if form.window is None else f'window {form.window}'}, "
+        f"{'no ALiBi slopes' if form.slopes is None else 'ALiBi slopes'})"
+    )

@@ -1,0 +1,451 @@
+"""Token-axis analysis: which dim of every value runs over tokens, and which operations mix tokens.
+
+A forward can be served step by step exactly when everything outside attention treats each token on its own. This
+module states that as a dataflow problem. For every value it finds the dims that run over tokens (from two traces at
+different lengths, see `align`), whether it depends on the tokens' contents or on their positions alone, and for every
+operation why it is not token-pointwise, if it is not. Nothing is decided by how the model was written.
+
+What is exempt: values that depend on positions alone may be computed in any way, for they can be tabulated; attention is
+raised and taken out before anything is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from xdsl.dialects.builtin import UnregisteredOp
+from xdsl.ir import Operation, SSAValue
+from xdsl_jax.dialects import stablehlo
+
+from llmir_jax.analysis.align import Alignment
+from llmir_jax.analysis.evaluate import external_operands
+from llmir_jax.analysis.reshape import Dims, TokenDim, reshape_dims
+from llmir_jax.dialects.build import ints, shape_of, splat_of
+from llmir_jax.interop import op_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueInfo:
+    """What the analysis knows of a value: its token dims, and what its contents depend on."""
+
+    dims: Dims
+    tokens: bool = False
+    positions: bool = False
+    params: bool = False
+    opaque: str | None = None
+    """Set on a value of positions alone that is no pointwise function of them: why."""
+
+    @property
+    def token_dims(self) -> tuple[int, ...]:
+        """Indices of the dims that run over tokens."""
+        return tuple(d for d, dim in enumerate(self.dims) if dim is not None)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the value is the same at every token."""
+        return not (self.tokens or self.positions)
+
+
+@dataclass
+class TokenAxis:
+    """The result of the analysis on one module."""
+
+    alignment: Alignment
+    info: dict[SSAValue, ValueInfo] = field(default_factory=dict)
+    violations: dict[Operation, str] = field(default_factory=dict)
+    tables: list[SSAValue] = field(default_factory=list)
+    """Values of positions alone that are not pointwise but proved to be tables of the position."""
+    table_slices: list[Operation] = field(default_factory=list)
+    """Slices `table[:T]` of something that does not run over tokens."""
+
+
+class _Rules:
+    """Transfer functions: (dims of each result, reason the operation is not token-pointwise or None)."""
+
+    def __init__(self, axis: TokenAxis):
+        self.axis = axis
+        self.length = axis.alignment.length
+
+    def dims(self, value: SSAValue) -> Dims:
+        return self.axis.info[value].dims
+
+    def sized(self, value: SSAValue) -> Dims:
+        """Token dims by size alone, as the alignment saw them."""
+        multiples = self.axis.alignment.token_sized.get(value, ())
+        return tuple(TokenDim(1, m) if m else None for m in multiples)
+
+    def join(self, values: Sequence[SSAValue]) -> tuple[Dims, str | None]:
+        """The common token dims of values of one shape. Uniform values agree with everything."""
+        joined: list[TokenDim | None] = list(self.dims(values[0]))
+        strong = not self.axis.info[values[0]].uniform
+        for value in values[1:]:
+            uniform = self.axis.info[value].uniform
+            for d, dim in enumerate(self.dims(value)):
+                if dim == joined[d] or dim is None:
+                    continue
+                if joined[d] is None or (not strong and not uniform):
+                    joined[d] = dim
+                elif not uniform:
+                    if strong:
+                        return tuple(joined), "combines token axes that were flattened in different orders"
+                    joined[d] = dim
+            strong = strong or not uniform
+        return tuple(joined), None
+
+    def elementwise(self, op: Operation) -> tuple[list[Dims], str | None]:
+        shape = shape_of(op.results[0])
+        full = [x for x in op.operands if shape_of(x) == shape]
+        dims, reason = self.join(full) if full else (self.sized(op.results[0]), None)
+        return [dims] * len(op.results), reason
+
+    def barrier(self, op: Operation) -> tuple[list[Dims], str | None]:
+        return [self.dims(x) for x in op.operands], None
+
+    def reshape(self, op: Operation) -> tuple[list[Dims], str | None]:
+        (x,) = op.operands
+        dims, reason = reshape_dims(shape_of(x), self.dims(x), shape_of(op.results[0]), self.length)
+        return [dims], reason
+
+    def transpose(self, op: stablehlo.TransposeOp) -> tuple[list[Dims], str | None]:
+        dims = self.dims(op.operand)
+        return [tuple(dims[p] for p in ints(op.permutation))], None
+
+    def broadcast(self, op: stablehlo.BroadcastInDimOp) -> tuple[list[Dims], str | None]:
+        source, shape = self.dims(op.operand), shape_of(op.operand)
+        result = list(self.sized(op.result))
+        for d, target in enumerate(ints(op.broadcast_dimensions)):
+            if shape[d] != 1:
+                result[target] = source[d]
+        return [tuple(result)], None
+
+    def dot_general(self, op: stablehlo.DotGeneralOp) -> tuple[list[Dims], str | None]:
+        numbers = op.dot_dimension_numbers
+        lhs, rhs = self.dims(op.lhs), self.dims(op.rhs)
+        lhs_batch, rhs_batch = ints(numbers.lhs_batching_dimensions), ints(numbers.rhs_batching_dimensions)
+        lhs_sum, rhs_sum = ints(numbers.lhs_contracting_dimensions), ints(numbers.rhs_contracting_dimensions)
+        reason = None
+        result: list[TokenDim | None] = []
+        for a, b in zip(lhs_batch, rhs_batch, strict=True):
+            uniform_left = self.axis.info[op.lhs].uniform
+            result.append(rhs[b] if uniform_left else lhs[a])
+            if lhs[a] != rhs[b] and not (uniform_left or self.axis.info[op.rhs].uniform):
+                reason = "batches over token axes that were flattened in different orders"
+        result += [dim for d, dim in enumerate(lhs) if d not in lhs_batch + lhs_sum]
+        result += [dim for d, dim in enumerate(rhs) if d not in rhs_batch + rhs_sum]
+        if any(lhs[a] is not None or rhs[b] is not None for a, b in zip(lhs_sum, rhs_sum, strict=True)):
+            reason = "sums over the token axis"
+        return [tuple(result)], reason
+
+    def reduce(self, op: stablehlo.ReduceOp) -> tuple[list[Dims], str | None]:
+        over = ints(op.dimensions)
+        dims, reason = self.join(list(op.inputs))
+        if any(dims[d] is not None for d in over):
+            reason = f"reduces over the token axis (dim {next(d for d in over if dims[d] is not None)})"
+        kept = tuple(dim for d, dim in enumerate(dims) if d not in over)
+        return [kept] * len(op.results), reason
+
+    def concatenate(self, op: stablehlo.ConcatenateOp) -> tuple[list[Dims], str | None]:
+        along = op.dimension.value.data
+        stripped = [self.dims(x)[:along] + self.dims(x)[along + 1 :] for x in op.inputs]
+        strong = [s for s, x in zip(stripped, op.inputs, strict=True) if not self.axis.info[x].uniform]
+        reason = "combines token axes that were flattened in different orders" if len(set(strong)) > 1 else None
+        rest = (strong or stripped)[0]
+        if any(self.dims(x)[along] is not None for x in op.inputs):
+            reason = f"concatenates along the token axis (dim {along})"
+        return [(*rest[:along], None, *rest[along:])], reason
+
+    def slice(self, op: stablehlo.SliceOp) -> tuple[list[Dims], str | None]:
+        return self.window(op, ints(op.start_indices), ints(op.strides))
+
+    def window(
+        self, op: Operation, starts: Sequence[int | None], strides: Sequence[int]
+    ) -> tuple[list[Dims], str | None]:
+        """A window of operand 0: whole along token dims, or the first T rows of a table."""
+        source, target = op.operands[0], op.results[0]
+        result = list(self.dims(source))
+        sized = self.sized(target)
+        reason = None
+        for d, (m, n) in enumerate(zip(shape_of(source), shape_of(target), strict=True)):
+            if result[d] is not None:
+                if m != n or starts[d] != 0:
+                    reason = f"takes part of the token axis (dim {d})"
+            elif sized and sized[d] is not None:
+                if starts[d] != 0 or strides[d] != 1 or n != self.length:
+                    reason = f"takes a part of dim {d} that depends on the sequence length and does not start at 0"
+                result[d] = sized[d]
+        return [tuple(result)], reason
+
+    def dynamic_slice(self, op: Operation) -> tuple[list[Dims], str | None]:
+        from llmir_jax.transforms.unroll_loops import constant_of
+
+        starts = [constant_of(x) for x in op.operands[1:]]
+        known = [None if s is None else int(s) for s in starts]
+        same = shape_of(op.operands[0])
+        out = shape_of(op.results[0])
+        known = [0 if m == n else k for m, n, k in zip(same, out, known, strict=True)]  # a whole dim is clamped to 0
+        return self.window(op, known, [1] * len(known))
+
+    def dynamic_update_slice(self, op: Operation) -> tuple[list[Dims], str | None]:
+        source, update = op.operands[0], op.operands[1]
+        reason = None
+        for d, (m, n) in enumerate(zip(shape_of(source), shape_of(update), strict=True)):
+            if (self.dims(source)[d] is not None or self.dims(update)[d] is not None) and m != n:
+                reason = f"updates part of the token axis (dim {d})"
+        if self.axis.info[source].uniform:
+            return [tuple(u or s for s, u in zip(self.dims(source), self.dims(update), strict=True))], reason
+        return [self.dims(source)], reason
+
+    def pad(self, op: stablehlo.PadOp) -> tuple[list[Dims], str | None]:
+        dims = self.dims(op.operand)
+        for d, amounts in enumerate(
+            zip(ints(op.edge_padding_low), ints(op.edge_padding_high), ints(op.interior_padding), strict=True)
+        ):
+            if dims[d] is not None and any(amounts):
+                return [dims], f"pads or shifts the token axis (dim {d})"
+        return [dims], None
+
+    def along(self, op: Operation, over: Sequence[int], verb: str) -> tuple[list[Dims], str | None]:
+        """An operation that works along the dims `over` and keeps the others apart."""
+        dims, reason = self.join([x for x in op.operands if shape_of(x) == shape_of(op.operands[0])])
+        if any(dims[d] is not None for d in over):
+            reason = f"{verb} along the token axis (dim {next(d for d in over if dims[d] is not None)})"
+        return [dims if len(shape_of(r)) == len(dims) else self.sized(r) for r in op.results], reason
+
+    def gather(self, op: stablehlo.GatherOp) -> tuple[list[Dims], str | None]:
+        numbers = op.dimension_numbers
+        offset = ints(numbers.offset_dims)
+        collapsed = ints(numbers.collapsed_slice_dims)
+        operand_batch = ints(numbers.operand_batching_dims)
+        index_batch = ints(numbers.start_indices_batching_dims)
+        start_map = ints(numbers.start_index_map)
+        vector = numbers.index_vector_dim.value.data
+        source, indices = self.dims(op.operand), self.dims(op.start_indices)
+        sizes, shape = ints(op.slice_sizes), shape_of(op.operand)
+        reason = None
+        result: list[TokenDim | None] = [None] * len(shape_of(op.result))
+        batch_dims = [d for d in range(len(result)) if d not in offset]
+        index_dims = [d for d in range(len(indices)) if d != vector]
+        for target, d in zip(batch_dims, index_dims, strict=True):
+            result[target] = indices[d]
+        kept = [d for d in range(len(source)) if d not in collapsed + operand_batch]
+        for target, d in zip(offset, kept, strict=True):
+            result[target] = source[d]
+            if source[d] is not None and (sizes[d] != shape[d]):
+                reason = f"gathers part of the token axis (dim {d})"
+        for d in collapsed:
+            if source[d] is not None:
+                reason = f"gathers single tokens by index (dim {d})"
+        if any(source[d] is not None for d in start_map if d not in collapsed and sizes[d] != shape[d]):
+            reason = "gathers along the token axis"
+        for a, b in zip(operand_batch, index_batch, strict=True):
+            if source[a] != indices[b]:
+                reason = "gathers over token axes that do not run together"
+        return [tuple(result)], reason
+
+    def scatter(self, op: stablehlo.ScatterOp) -> tuple[list[Dims], str | None]:
+        numbers = op.scatter_dimension_numbers
+        source = self.join(list(op.inputs))[0]
+        indices = self.dims(op.scatter_indices)
+        batch = ints(numbers.input_batching_dims)
+        index_batch = ints(numbers.scatter_indices_batching_dims)
+        paired = all(indices[b] is not None for b in index_batch) if index_batch else False
+        tokens_in_batch = [d for d, dim in enumerate(source) if dim is not None]
+        sized = self.sized(op.results[0])
+        tokens_in_batch = [d for d, dim in enumerate(sized) if dim is not None] or tokens_in_batch
+        reason = None
+        if any(d not in batch for d in tokens_in_batch) or (tokens_in_batch and not paired):
+            reason = "scatters along the token axis"
+        return [sized] * len(op.results), reason
+
+    def reduce_window(self, op: Operation) -> tuple[list[Dims], str | None]:
+        window = ints(op.properties["window_dimensions"])
+        return self.along(op, [d for d, w in enumerate(window) if w != 1], "accumulates or pools")
+
+    def unknown(self, op: Operation) -> tuple[list[Dims], str | None]:
+        touches = any(self.axis.info[x].token_dims for x in op.operands if x in self.axis.info)
+        touches = touches or any(any(self.sized(r)) for r in op.results)
+        reason = "is not known to treat tokens one by one" if touches else None
+        return [self.sized(r) for r in op.results], reason
+
+
+def _last_dim(op: Operation) -> list[int]:
+    return [len(shape_of(op.operands[0])) - 1]
+
+
+_ELEMENTWISE_EXTRA = frozenset(
+    {
+        "stablehlo.compare",
+        "stablehlo.select",
+        "stablehlo.clamp",
+        "stablehlo.reduce_precision",
+        "stablehlo.complex",
+        "stablehlo.real",
+        "stablehlo.imag",
+        "stablehlo.round_nearest_afz",
+        "stablehlo.round_nearest_even",
+        "stablehlo.is_finite",
+        "stablehlo.uniform_quantize",
+    }
+)
+_NOT_ELEMENTWISE_CHLO = frozenset({"chlo.top_k", "chlo.ragged_dot", "chlo.scan"})
+
+
+def is_elementwise(op: Operation) -> bool:
+    """Whether each element of the results depends on the same element of the operands alone."""
+    name = op_name(op)
+    if name.startswith("chlo."):
+        return name not in _NOT_ELEMENTWISE_CHLO
+    if name == "stablehlo.bitcast_convert":
+        return shape_of(op.operands[0]) == shape_of(op.results[0])
+    if name in _ELEMENTWISE_EXTRA:
+        return True
+    bases = (stablehlo.elementwise_binary_ops.ElementwiseBinaryOperation,)
+    unary = stablehlo.elementwise_unary_ops.ElementwiseUnaryOperation
+    return isinstance(op, (*bases, unary))
+
+
+def _rule(op: Operation, rules: _Rules) -> tuple[list[Dims], str | None]:
+    name = op_name(op)
+    if is_elementwise(op):
+        return rules.elementwise(op)
+    table: dict[str, Callable[..., tuple[list[Dims], str | None]]] = {
+        "stablehlo.optimization_barrier": rules.barrier,
+        "stablehlo.reshape": rules.reshape,
+        "stablehlo.transpose": rules.transpose,
+        "stablehlo.broadcast_in_dim": rules.broadcast,
+        "stablehlo.dot_general": rules.dot_general,
+        "stablehlo.reduce": rules.reduce,
+        "stablehlo.concatenate": rules.concatenate,
+        "stablehlo.slice": rules.slice,
+        "stablehlo.dynamic_slice": rules.dynamic_slice,
+        "stablehlo.dynamic_update_slice": rules.dynamic_update_slice,
+        "stablehlo.pad": rules.pad,
+        "stablehlo.gather": rules.gather,
+        "stablehlo.scatter": rules.scatter,
+        "stablehlo.reduce_window": rules.reduce_window,
+        "stablehlo.sort": lambda o: rules.along(o, [_int(o, "dimension")], "sorts"),
+        "chlo.top_k": lambda o: rules.along(o, _last_dim(o), "selects"),
+        "stablehlo.reverse": lambda o: rules.along(o, ints(_attr(o, "dimensions")), "reverses"),
+        "stablehlo.fft": lambda o: rules.along(
+            o, range(len(shape_of(o.operands[0])))[-len(ints(_attr(o, "fft_length"))) :], "transforms"
+        ),
+    }
+    return table.get(name, rules.unknown)(op)
+
+
+def _attr(op: Operation, name: str):  # type: ignore[no-untyped-def]
+    attribute = op.get_attr_or_prop(name)
+    assert attribute is not None, (op_name(op), name)
+    return attribute
+
+
+def _int(op: Operation, name: str) -> int:
+    attribute = op.get_attr_or_prop(name)
+    return 0 if attribute is None else int(attribute.value.data)  # type: ignore[attr-defined]
+
+
+def analyse(
+    block_ops: Sequence[Operation],
+    alignment: Alignment,
+    params: Sequence[SSAValue],
+    tokens: SSAValue,
+    table_reason: Callable[[SSAValue], str | None],
+) -> TokenAxis:
+    """Analyse the operations of @main in order.
+
+    `table_reason(value)` decides, for a value of positions alone that is not pointwise, whether it is a table of the
+    position: None if it is, else the reason it is not.
+    """
+    axis = TokenAxis(alignment)
+    rules = _Rules(axis)
+    for value in params:
+        axis.info[value] = ValueInfo(dims=rules.sized(value), params=True)
+    axis.info[tokens] = ValueInfo(dims=rules.sized(tokens), tokens=True)
+    for op in block_ops:
+        if op.results:
+            _analyse_op(op, axis, rules, table_reason)
+    return axis
+
+
+def _analyse_op(
+    op: Operation, axis: TokenAxis, rules: _Rules, table_reason: Callable[[SSAValue], str | None]
+) -> None:
+    inputs = [axis.info[x] for x in external_operands(op) if x in axis.info]
+    tokens = any(i.tokens for i in inputs)
+    positions = any(i.positions for i in inputs)
+    params = any(i.params for i in inputs)
+    all_dims, reason = _rule(op, rules)
+    name = op_name(op)
+    varying = axis.alignment.varying.get(op, frozenset())
+    odd = next((axis.alignment.odd[r] for r in op.results if r in axis.alignment.odd), None)
+
+    if name == "stablehlo.iota" and varying:
+        reason = "depends on the sequence length"
+    elif name == "stablehlo.iota" and all_dims:
+        dims = rules.sized(op.results[0])
+        along = op.properties["iota_dimension"].value.data  # type: ignore[attr-defined]
+        all_dims, reason = [dims], None
+        if dims and dims[along] is not None:
+            positions = True
+            reason = None if dims[along].plain else "counts along an axis that holds more than tokens"  # type: ignore[union-attr]
+    elif name == "stablehlo.constant":
+        all_dims, reason = [rules.sized(op.results[0])], None
+        if varying and not _same_splat(op, axis):
+            positions = True
+            reason = "is a constant that depends on the sequence length"
+    elif name in ("stablehlo.slice", "stablehlo.dynamic_slice") and reason is None:
+        source = axis.info[op.operands[0]]
+        if any(d is not None and s is None for d, s in zip(all_dims[0], source.dims, strict=True)):
+            positions = True
+            axis.table_slices.append(op)
+            if source.tokens or source.positions:
+                reason = "takes the first T rows of something that runs over tokens"
+    elif varying - _SIZES.get(name, frozenset()) and reason is None:
+        reason = f"has properties that depend on the sequence length ({', '.join(sorted(varying))})"
+    if odd is not None:
+        reason = reason or odd
+        positions = positions or not tokens
+
+    inherited = next((i.opaque for i in inputs if i.opaque), None)
+    if tokens:
+        problem = inherited or reason
+        if problem:
+            axis.violations[op] = problem
+        for r, dims in zip(op.results, all_dims, strict=True):
+            axis.info[r] = ValueInfo(dims=dims, tokens=True, positions=positions, params=params)
+        return
+    opaque = inherited or (reason if positions or any(any(d) for d in all_dims) else None)
+    positions = positions or opaque is not None
+    for r, dims in zip(op.results, all_dims, strict=True):
+        why = opaque
+        if opaque is not None and odd is None and _is_table_shape(rules.sized(r)):
+            not_a_table = (
+                f"{opaque}, and depends on parameters" if params else table_reason(r)
+            )
+            dims = rules.sized(r)
+            why = None if not_a_table is None else f"{opaque}: {not_a_table}"
+            if why is None:
+                axis.tables.append(r)
+        axis.info[r] = ValueInfo(dims=dims, positions=positions, params=params, opaque=why)
+
+
+def _is_table_shape(dims: Dims) -> bool:
+    tokens = [d for d in dims if d is not None]
+    return 1 <= len(tokens) <= 2 and all(d.plain for d in tokens)
+
+
+def _same_splat(op: Operation, axis: TokenAxis) -> bool:
+    """Whether a constant is the same element everywhere at both lengths."""
+    a = splat_of(op.properties["value"])
+    b = splat_of(axis.alignment.ops[op].properties["value"])
+    return a is not None and b is not None and a.tobytes() == b.tobytes()
+
+
+_SIZES: dict[str, frozenset[str]] = {
+    "stablehlo.slice": frozenset({"limit_indices"}),
+    "stablehlo.dynamic_slice": frozenset({"slice_sizes"}),
+    "stablehlo.gather": frozenset({"slice_sizes"}),
+}
+"""Properties that hold sizes, which follow the length without depending on it otherwise."""
+
+
+__all__ = ["TokenAxis", "UnregisteredOp", "ValueInfo", "analyse", "is_elementwise"]

@@ -1,0 +1,312 @@
+"""Derives a decoder's step from a plain forward: the phase of the pipeline that proves the rewrite or refuses it.
+
+The forward is traced at two lengths, so that the token axis shows (`analysis.align`); positions become an input
+(`rewrite_positions`); attention is raised and judged (`raise_attention`); whatever still mixes tokens is refused by name;
+then attention gets its paged cache and the logits are cut to the rows asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i32, i64
+from xdsl.ir import Operation, SSAValue
+from xdsl.transforms.common_subexpression_elimination import cse
+from xdsl.transforms.dead_code_elimination import dce
+
+from llmir_jax.analysis.align import Alignment, align, location, main_function
+from llmir_jax.analysis.evaluate import extract
+from llmir_jax.analysis.token_axis import TokenAxis, analyse
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import OpBuilder, shape_of, tensor
+from llmir_jax.errors import LlmirError, UnsupportedModelError
+from llmir_jax.interop import op_name
+from llmir_jax.trace import Traced
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.inline_calls import inline_calls
+from llmir_jax.transforms.raise_attention import AttentionOptions, raise_attention
+from llmir_jax.transforms.rewrite_positions import gather_bound, rewrite_positions, table_bound
+from llmir_jax.transforms.specialize_tokens import LENGTH
+from llmir_jax.transforms.unroll_loops import unroll_loops
+
+LENGTHS = (131, 113, 67, 41, 23, 17)
+"""Lengths to trace at, in tokens: primes, so that no other size of a model is taken for the token axis."""
+MAX_TABLE_BYTES = 1 << 30
+"""A table of positions larger than this is refused."""
+
+TraceAt = Callable[[int], Traced]
+"""Traces the forward at a number of tokens."""
+
+
+def prepare(module: ModuleOp) -> ModuleOp:
+    """One flat block: calls inlined, layer loops unrolled, equal operations merged, dead ones gone. In place."""
+    inline_calls(module)
+    unroll_loops(module)
+    cse(module)
+    dce(module)
+    return module
+
+
+@dataclass
+class Derived:
+    """The step, derived at `length` tokens, with its cache still abstract."""
+
+    module: ModuleOp
+    length: int
+    max_seq_len: int
+    notes: list[str] = field(default_factory=list)
+    text: str = ""
+    """The IR over the paged cache, before the cache is laid out."""
+
+
+class _Traces:
+    """The forward at several lengths, prepared; the first is the one that is rewritten."""
+
+    def __init__(self, trace_at: TraceAt, forbidden: Sequence[int], max_seq_len: int):
+        self._trace_at = trace_at
+        self.length, self.main_module = self._first(forbidden, max_seq_len)
+        self.alignments: dict[int, Alignment] = {}
+        self.original = self.main_module.clone()
+        self._pairs = dict(zip(self.main_module.walk(), self.original.walk(), strict=True))
+
+    def _first(self, forbidden: Sequence[int], max_seq_len: int) -> tuple[int, ModuleOp]:
+        error: Exception | None = None
+        for length in LENGTHS:
+            if any(n and n % length == 0 for n in forbidden):
+                continue
+            try:
+                traced = self._trace_at(length)
+            except (TypeError, ValueError, IndexError) as problem:  # too long for a table of the model, say
+                error = error or problem
+                continue
+            if _static_sizes_hold(traced, length):
+                continue
+            return length, prepare(traced.module)
+        if error is not None:
+            raise error
+        raise UnsupportedModelError(f"no length among {LENGTHS} is free of the model's own sizes: it cannot be analysed")
+
+    def align_with(self, length: int) -> Alignment:
+        """The untouched first trace aligned with one at `length`."""
+        if length not in self.alignments:
+            other = prepare(self._trace_at(length).module)
+            self.alignments[length] = align(self.original, other, self.length, length)
+        return self.alignments[length]
+
+    def original_value(self, value: SSAValue) -> SSAValue:
+        """The value of the untouched first trace that `value` was before any rewriting."""
+        op = value.owner
+        assert isinstance(op, Operation)
+        return self._pairs[op].results[list(op.results).index(value)]  # type: ignore[arg-type]
+
+
+def _static_sizes_hold(traced: Traced, length: int) -> bool:
+    """Whether a parameter has a size that the length divides."""
+    return any(n and n % length == 0 for p in traced.params for n in p.shape)
+
+
+class _Tables:
+    """Values that depend on positions alone, evaluated at several lengths."""
+
+    def __init__(self, traces: _Traces, lengths: tuple[int, int], max_seq_len: int):
+        self._traces = traces
+        self._lengths = lengths
+        self.max_seq_len = max_seq_len
+        self._content: dict[SSAValue, np.ndarray[Any, Any]] = {}
+
+    def reason(self, value: SSAValue) -> str | None:
+        """None if `value` is a table of the position, the same function at every length, else why not."""
+        original = self._traces.original_value(value)
+        try:
+            here = self._at(original)
+            other, longest = (self._at(self._traces.align_with(n).values[original]) for n in self._lengths)
+        except UnsupportedModelError as error:
+            return str(error)
+        except LlmirError as error:
+            return f"cannot be evaluated ({error})"
+        if longest.nbytes > MAX_TABLE_BYTES:
+            return f"a table of it for {self.max_seq_len} positions takes {longest.nbytes >> 20} MiB; lower max_seq_len"
+        for content in (other, longest):
+            if not _same_prefix(here, content):
+                return "it changes with the sequence length, so it is no function of the position"
+        if longest.shape[_token_dim(here, longest)] != self.max_seq_len:
+            return "it has no entry for every position"
+        self._content[value] = longest
+        return None
+
+    def content(self, value: SSAValue) -> np.ndarray[Any, Any]:
+        """A table for every position below max_seq_len."""
+        return self._content[value]
+
+    @staticmethod
+    def _at(value: SSAValue) -> np.ndarray[Any, Any]:
+        part = extract([value], [])
+        if part.inputs:
+            raise UnsupportedModelError("it depends on parameters")
+        return part.run({})[0]
+
+
+def _token_dim(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> int:
+    return next((d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), 0)
+
+
+def _same_prefix(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    if a.ndim != b.ndim:
+        return False
+    window = tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
+    x, y = a[window], b[window]
+    if x.dtype.kind in "fc" or x.dtype.itemsize == 2:
+        return bool(np.allclose(x.astype(np.complex128), y.astype(np.complex128), rtol=1e-5, atol=1e-6, equal_nan=True))
+    return bool((x == y).all())
+
+
+def derive(
+    trace_at: TraceAt,
+    parameter_values: Callable[[], Sequence[Any]] | None,
+    *,
+    max_seqs: int,
+    max_seq_len: int,
+    page_size: int,
+) -> Derived:
+    """Derive the step.
+
+    Args:
+        trace_at: traces the forward at a number of tokens.
+        parameter_values: arrays of the parameters in order, read only where a mask depends on one.
+
+    Raises:
+        UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
+    """
+    traces = _Traces(trace_at, (max_seqs, page_size, max_seq_len, -(-max_seq_len // page_size)), max_seq_len)
+    module, length = traces.main_module, traces.length
+    other = next(n for n in (length + 2, length - 2) if n)
+    if length not in (LENGTHS[0], LENGTHS[1]):
+        other = length - 2
+    first = traces.align_with(other)
+    notes: list[str] = []
+    bound = table_bound(main_function(traces.original).body.block.ops, first)
+    if bound is not None and bound[0] < max_seq_len:
+        notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
+        max_seq_len = bound[0]
+
+    main = main_function(module)
+    twins = _transfer(first, traces)
+    tables = _Tables(traces, (other, max_seq_len), max_seq_len)
+    params = [arg for arg, _ in signature.parameter_paths(main)]
+    tokens = signature.argument(main, "tokens")
+    axis = analyse(list(main.body.block.ops), twins, params, tokens, tables.reason)
+    bound = gather_bound(axis)
+    if bound is not None and bound[0] < max_seq_len:
+        again = derive(trace_at, parameter_values, max_seqs=max_seqs, max_seq_len=bound[0], page_size=page_size)
+        again.notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
+        return again
+    positions = signature.add_argument(main, "positions", tensor((length,), i32))
+    rewrite_positions(axis, positions, tables.content)
+    dce(module)
+    values = _ParameterValues(params, parameter_values)
+    raise_attention(
+        axis,
+        list(main.body.block.ops),
+        AttentionOptions(positions=positions, max_seq_len=max_seq_len, parameter_values=values),
+    )
+    dce(module)
+    check_token_pointwise(axis, list(main.body.block.ops))
+    _check_logits(axis, signature.results(main), length)
+    if not any(isinstance(op, llm.AttentionOp) for op in main.body.block.ops):
+        notes.append("no attention found: every token is served on its own")
+    _flatten_inputs(module, length, max_seqs)
+    module.attributes[LENGTH] = IntegerAttr(length, i64)
+    return Derived(module, length, max_seq_len, notes)
+
+
+class _ParameterValues(Mapping[SSAValue, Any]):
+    """Arrays by parameter argument, fetched when one is asked for."""
+
+    def __init__(self, params: Sequence[SSAValue], values: Callable[[], Sequence[Any]] | None):
+        self._index = {p: i for i, p in enumerate(params)}
+        self._values = values
+
+    def __getitem__(self, key: SSAValue) -> Any:
+        if self._values is None:
+            raise KeyError(key)
+        return self._values()[self._index[key]]
+
+    def __contains__(self, key: object) -> bool:
+        return self._values is not None and key in self._index
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
+def _transfer(alignment: Alignment, traces: _Traces) -> Alignment:
+    """The alignment of the untouched first trace, told of the module that is rewritten."""
+    forward = {original: op for op, original in traces._pairs.items()}
+    values: dict[SSAValue, SSAValue] = {}
+    for original, op in forward.items():
+        values.update(zip(original.results, op.results, strict=True))
+        for r, s in zip(original.regions, op.regions, strict=True):
+            for a, b in zip(r.blocks, s.blocks, strict=True):
+                values.update(zip(a.args, b.args, strict=True))
+    return Alignment(
+        length=alignment.length,
+        other_length=alignment.other_length,
+        ops={forward[k]: v for k, v in alignment.ops.items()},
+        values={values[k]: v for k, v in alignment.values.items()},
+        token_sized={values[k]: v for k, v in alignment.token_sized.items()},
+        odd={values[k]: v for k, v in alignment.odd.items()},
+        varying={forward[k]: v for k, v in alignment.varying.items()},
+    )
+
+
+def check_token_pointwise(axis: TokenAxis, ops: Sequence[Operation]) -> None:
+    """Refuse what still mixes tokens, naming the operation, its source line and the reason."""
+    attention_first = sorted(
+        (op for op in ops if op in axis.violations), key=lambda op: op_name(op) != "stablehlo.dot_general"
+    )
+    for op in attention_first:
+        raise UnsupportedModelError(
+            f"{op_name(op)} at {location(op)}: {axis.violations[op]}. Outside of causal attention every operation must "
+            "treat each token on its own"
+        )
+    for op in ops:
+        for result in op.results:
+            info = axis.info.get(result)
+            if info is not None and info.tokens and len(info.token_dims) > 1:
+                raise UnsupportedModelError(
+                    f"{op_name(op)} at {location(op)}: pairs tokens with tokens (token axes {info.token_dims}) outside "
+                    "of attention"
+                )
+            if info is not None and info.opaque and any(axis.info[r].tokens for u in result.uses for r in u.operation.results if r in axis.info):
+                raise UnsupportedModelError(f"{op_name(op)} at {location(op)}: {info.opaque}")
+
+
+def _check_logits(axis: TokenAxis, results: Sequence[SSAValue], length: int) -> None:
+    expected = "expected one float array of logits [batch, seq, vocab]"
+    if len(results) != 1:
+        raise UnsupportedModelError(f"the forward returns {len(results)} arrays: {expected}")
+    shape = shape_of(results[0])
+    info = axis.info.get(results[0])
+    if len(shape) != 3 or shape[:2] != (1, length) or info is None or info.token_dims != (1,):
+        got = "×".join("seq" if n == length else str(n) for n in shape)
+        raise UnsupportedModelError(f"the forward returns an array of shape [{got}] for tokens [1, seq]: {expected}")
+
+
+def _flatten_inputs(module: ModuleOp, length: int, max_seqs: int) -> None:
+    """tokens[1, T] becomes tokens[T]; the other step inputs are added."""
+    main = main_function(module)
+    block = main.body.block
+    tokens = signature.argument(main, "tokens")
+    flat = signature.add_argument(main, "tokens", tensor((length,), i32), index=tokens.index)
+    assert block.first_op is not None
+    shaped = OpBuilder(block.first_op).reshape(flat, (1, length))
+    tokens.replace_all_uses_with(shaped)
+    signature.remove_argument(main, tokens)
+    for role, shape in (("seq_ids", (length,)), ("num_tokens", ()), ("seq_lens", (max_seqs,)), ("logits_rows", (max_seqs,))):
+        signature.add_argument(main, role, tensor(shape, i32))
+
+
+__all__ = ["Derived", "derive", "prepare"]

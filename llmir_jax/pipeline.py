@@ -1,0 +1,111 @@
+"""The pipeline: which passes run, in which order, and what is kept of each stage.
+
+    trace → derive → cache → rows → lower
+
+Every pass verifies its result. The step is derived once, at a prime number of tokens, and specialised to each bucket.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.passes import ModulePass
+from xdsl.printer import Printer
+from xdsl.transforms.common_subexpression_elimination import cse
+from xdsl.utils.exceptions import VerifyException
+
+from llmir_jax.derive import Derived, TraceAt, derive
+from llmir_jax.errors import InvalidIRError
+from llmir_jax.interop import make_context
+from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
+from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
+from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
+from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
+from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
+from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
+from llmir_jax.transforms.remove_dead_arguments import RemoveDeadArgumentsPass
+from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
+from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
+
+
+@dataclass
+class Recorder:
+    """Runs passes on a module, verifies after each, and keeps how long each took in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    context: Context = field(default_factory=make_context)
+
+    def run(self, module: ModuleOp, *passes: ModulePass) -> ModuleOp:
+        """Apply `passes` in order, in place."""
+        for each in passes:
+            start = time.perf_counter()
+            each.apply(self.context, module)
+            try:
+                module.verify()
+            except VerifyException as error:
+                raise InvalidIRError(f"after the pass {each.name} the module does not verify: {error}") from error
+            self.seconds[each.name] = self.seconds.get(each.name, 0.0) + time.perf_counter() - start
+        return module
+
+
+def text_of(module: ModuleOp) -> str:
+    """The module in MLIR's textual form, without the attributes that are only of use to passes."""
+    stripped = module.clone()
+    for op in stripped.walk():
+        op.attributes.pop("llmir.loc", None)
+    out = StringIO()
+    Printer(out).print_op(stripped)
+    return out.getvalue() + "\n"
+
+
+def derive_step(
+    trace_at: TraceAt,
+    parameter_values: Callable[[], Sequence[Any]] | None,
+    *,
+    max_seqs: int,
+    max_seq_len: int,
+    page_size: int,
+    num_pages: int,
+    recorder: Recorder,
+) -> Derived:
+    """The step of a plain forward, over pages, at the length it was derived at."""
+    start = time.perf_counter()
+    derived = derive(
+        trace_at, parameter_values, max_seqs=max_seqs, max_seq_len=max_seq_len, page_size=page_size
+    )
+    recorder.seconds["derive"] = time.perf_counter() - start
+    module = derived.module
+    module.verify()
+    recorder.run(
+        module,
+        # the cache: contiguous, then paged, then read in place, one a window, then arrays of pages
+        InsertKVCachePass(max_seqs=max_seqs, max_seq_len=derived.max_seq_len),
+        BlockifyKVCachePass(page_size=page_size),
+        PagedAttentionRewritePass(),
+        KVCachePruningPass(),
+        # logits for the rows that are asked for
+        SinkLogitsRowsPass(),
+    )
+    derived.text = text_of(module)
+    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass())
+    cse(module)
+    return derived
+
+
+def specialize_step(derived: Derived, tokens: int, recorder: Recorder) -> ModuleOp:
+    """The step for `tokens` tokens, lowered to what runs."""
+    module = derived.module.clone()
+    return recorder.run(module, SpecializeTokensPass(tokens=tokens), LowerToReferencePass())
+
+
+def compile_forward(module: ModuleOp) -> ModuleOp:
+    """What a direct call of the forward runs: the traced module, verified."""
+    module.verify()
+    return module
+
+
+__all__ = ["Recorder", "compile_forward", "derive_step", "specialize_step", "text_of"]

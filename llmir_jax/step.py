@@ -1,0 +1,122 @@
+"""The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr
+
+from llmir_jax.analysis.align import main_function
+from llmir_jax.derive import Derived
+from llmir_jax.dialects.build import dtype_of, shape_of
+from llmir_jax.interop import call_module
+from llmir_jax.pipeline import Recorder, specialize_step
+from llmir_jax.runtime.batch import Cache, CacheGroup, StepBatch
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
+from llmir_jax.transforms.kv_cache_pruning import WINDOW
+
+
+def _number(attributes: dict[str, Any], name: str) -> int | None:
+    value = attributes.get(name)
+    return int(value.value.data) if isinstance(value, IntegerAttr) else None
+
+
+class DerivedStep:
+    """What the engine runs: parameters, the cache's groups, and `step` for each bucket of tokens."""
+
+    def __init__(
+        self,
+        derived: Derived,
+        parameters: Sequence[jax.Array],
+        parameter_paths: Sequence[str],
+        *,
+        max_seqs: int,
+        buckets: tuple[int, ...],
+        recorder: Recorder,
+    ):
+        self._derived = derived
+        self._recorder = recorder
+        self._modules: dict[int, ModuleOp] = {}
+        self.max_seqs = max_seqs
+        self.max_seq_len = derived.max_seq_len
+        self.buckets = buckets
+        main = main_function(derived.module)
+        self._attributes = signature.argument_attributes(main)
+        self._shapes = [(shape_of(a), dtype_of(a)) for a in main.body.block.args]
+        by_path = dict(zip(parameter_paths, parameters, strict=True))
+        self.parameter_paths = tuple(path for _, path in signature.parameter_paths(main))
+        self.params: tuple[jax.Array, ...] = tuple(by_path[path] for path in self.parameter_paths)
+        self.vocab_size = shape_of(signature.results(main)[0])[-1]
+        self.cache_groups = self._groups()
+
+    def _role(self, index: int) -> str | None:
+        role = self._attributes[index].get(signature.ROLE)
+        return role.data if isinstance(role, StringAttr) else None
+
+    def _groups(self) -> tuple[CacheGroup, ...]:
+        layers: dict[int, list[int]] = {}
+        for index, attributes in enumerate(self._attributes):
+            if self._role(index) == "k_pages":
+                group = _number(attributes, signature.GROUP)
+                assert group is not None
+                layers.setdefault(group, []).append(index)
+        groups = []
+        for _, indices in sorted(layers.items()):
+            (num_pages, page_size, num_kv_heads, head_dim), dtype = self._shapes[indices[0]]
+            groups.append(
+                CacheGroup(
+                    num_layers=len(indices),
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    window=_number(self._attributes[indices[0]], WINDOW),
+                    num_pages=num_pages,
+                    page_size=page_size,
+                )
+            )
+        return tuple(groups)
+
+    def init_cache(self) -> Cache:
+        """Zeroed pages."""
+
+        def array(group: CacheGroup) -> jax.Array:
+            return jnp.zeros((group.num_pages, group.page_size, group.num_kv_heads, group.head_dim), group.dtype)
+
+        return tuple(tuple((array(g), array(g)) for _ in range(g.num_layers)) for g in self.cache_groups)
+
+    def module(self, bucket: int) -> ModuleOp:
+        """The step for `bucket` tokens, as it is compiled."""
+        if bucket not in self._modules:
+            self._modules[bucket] = specialize_step(self._derived, bucket, self._recorder)
+        return self._modules[bucket]
+
+    def step(self, params: Any, cache: Cache, batch: StepBatch) -> tuple[jax.Array, Cache]:
+        """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""
+        module = self.module(batch.tokens.shape[0])
+        remaining = iter(params)
+        args = []
+        for index, attributes in enumerate(self._attributes):
+            role = self._role(index)
+            group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
+            if role is None:
+                args.append(next(remaining))
+            elif role == "k_pages":
+                args.append(cache[group][layer][0])
+            elif role == "v_pages":
+                args.append(cache[group][layer][1])
+            elif role == "block_tables":
+                args.append(batch.block_tables[group])
+            else:
+                args.append(getattr(batch, role))
+        results = call_module(module, *args)
+        new = [[list(pair) for pair in layers] for layers in cache]
+        for index, attributes in enumerate(self._attributes):
+            place = _number(attributes, RESULT)
+            if place is None:
+                continue
+            group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
+            new[group][layer][0 if self._role(index) == "k_pages" else 1] = results[place]
+        logits = results[0].reshape(self.max_seqs, self.vocab_size).astype(jnp.float32)
+        return logits, tuple(tuple((k, v) for k, v in layers) for layers in new)
