@@ -17,6 +17,9 @@ from llmir_jax.models.llama import Llama, LlamaConfig
 
 ModelConfig = LlamaConfig | GPT2Config
 
+# No model is near these; beyond them a size is damage, which must not be taken for a wish to allocate.
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 12
+
 
 class TensorReader(Protocol):
     """The tensors of a checkpoint, on disk. `read` gives floating-point values of any type, dequantized if need be."""

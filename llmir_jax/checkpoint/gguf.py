@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from llmir_jax.checkpoint.assemble import ModelConfig, assemble
+from llmir_jax.checkpoint.assemble import MAX_LAYERS, MAX_SIZE, ModelConfig, assemble
 from llmir_jax.checkpoint.gguf_file import GGUFFile
 from llmir_jax.checkpoint.names import gguf_sources
 from llmir_jax.errors import CheckpointError
@@ -58,10 +58,9 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
 
 def _llama_config(file: GGUFFile, keys: "_Keys", arch: str) -> LlamaConfig:
-    hidden_size, num_layers, num_heads = (
-        keys.integer(key) for key in ("embedding_length", "block_count", "attention.head_count")
-    )
-    head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
+    num_layers = keys.integer("block_count", limit=MAX_LAYERS)
+    hidden_size, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.expect(key, head_dim)
     keys.expect("attention.scale", head_dim**-0.5)
@@ -92,7 +91,7 @@ def _gpt2_config(file: GGUFFile, keys: "_Keys") -> GPT2Config:
         vocab_size=_vocab_size(file),
         hidden_size=keys.integer("embedding_length"),
         intermediate_size=keys.integer("feed_forward_length"),
-        num_layers=keys.integer("block_count"),
+        num_layers=keys.integer("block_count", limit=MAX_LAYERS),
         num_heads=keys.integer("attention.head_count"),
         max_seq_len=keys.integer("context_length"),
         layer_norm_eps=keys.number("attention.layer_norm_epsilon"),
@@ -102,8 +101,8 @@ def _gpt2_config(file: GGUFFile, keys: "_Keys") -> GPT2Config:
 
 def _vocab_size(file: GGUFFile) -> int:
     shape = file.shapes.get("token_embd.weight")
-    if shape is None or len(shape) != 2:
-        raise CheckpointError(f"{file.path}: no tensor 'token_embd.weight' of two dimensions; the file is incomplete")
+    if shape is None or len(shape) != 2 or not shape[0]:
+        raise CheckpointError(f"{file.path}: no tensor 'token_embd.weight' of [vocabulary, channels]; it is incomplete")
     return shape[0]
 
 
@@ -148,10 +147,11 @@ class _Keys:
             )
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
+        """A size from 1 to `limit`, or 0 where that is the default."""
         value: int = self._take(key, default, (int,))
-        if value < 0:
-            raise CheckpointError(f"{self.path}: {self.arch}.{key} is {value}; expected a size")
+        if not 1 <= value <= limit and value != default:
+            raise CheckpointError(f"{self.path}: {self.arch}.{key} is {value}; expected a size up to {limit:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

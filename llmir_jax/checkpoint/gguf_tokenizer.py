@@ -94,16 +94,16 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
 def _token_id(file: GGUFFile, name: str, vocab_size: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     token: Any = file.metadata.get(key)
-    if token is not None and not 0 <= token < vocab_size:
+    if token is not None and (not isinstance(token, int) or not 0 <= token < vocab_size):
         raise CheckpointError(f"{file.path}: {key} = {token} is not in the vocabulary of {vocab_size:,} tokens")
-    return token  # type: ignore[no-any-return]
+    return token
 
 
 def _word_rule(file: GGUFFile) -> WordRule:
     # GPT-2 files older than the key have GPT-2's rule; for others its absence means that nobody knows.
     default = "gpt-2" if file.metadata.get("general.architecture") == "gpt2" else None
     name = file.metadata.get("tokenizer.ggml.pre", default)
-    if name not in WORD_RULES:
+    if not isinstance(name, str) or name not in WORD_RULES:
         raise CheckpointError(
             f"{file.path}: pre-tokenizer {name!r} (tokenizer.ggml.pre) is not supported; expected one of "
             f"{', '.join(WORD_RULES)}"
@@ -129,7 +129,7 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str], rule: WordRule) -> tokeni
 def _sentencepiece_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
     """SentencePiece joins the pair whose piece has the best score: as merges, all pairs in the order of that score."""
     scores = file.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(isinstance(x, float) for x in scores):
         raise CheckpointError(
             f"{file.path}: no score for each token (tokenizer.ggml.scores); the tokenizer is incomplete"
         )

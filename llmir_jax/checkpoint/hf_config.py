@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmir_jax.checkpoint.assemble import ModelConfig
+from llmir_jax.checkpoint.assemble import MAX_LAYERS, MAX_SIZE, ModelConfig
 from llmir_jax.errors import CheckpointError
 from llmir_jax.models.gpt2 import ACTIVATIONS, GPT2Config
 from llmir_jax.models.llama import LlamaConfig
@@ -72,9 +72,8 @@ def read_hf_config(fields: Mapping[str, Any], *, where: str) -> ModelConfig:
 
 
 def _llama(config: "_Fields") -> LlamaConfig:
-    num_layers, num_heads, hidden_size = (
-        config.size(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
+    num_layers = config.size("num_hidden_layers", limit=MAX_LAYERS)
+    hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
     model_type = config.fields["model_type"]
     attention_bias = config.flag("attention_bias")
     if config.fields.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -160,7 +159,7 @@ def _gpt2(config: "_Fields") -> GPT2Config:
         vocab_size=config.size("vocab_size", 50257),
         hidden_size=hidden_size,
         intermediate_size=config.size("n_inner", 4 * hidden_size),
-        num_layers=config.size("n_layer", 12),
+        num_layers=config.size("n_layer", 12, limit=MAX_LAYERS),
         num_heads=config.size("n_head", 12),
         max_seq_len=config.size("n_positions", 1024),
         layer_norm_eps=config.number("layer_norm_epsilon", 1e-5),
@@ -199,10 +198,11 @@ class _Fields:
             raise CheckpointError(f"{self.where}: {name} is {value!r}; expected {kinds[0].__name__}")
         return value
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
+        """A size from 1 to `limit`, or 0 where that is the default."""
         value: int = self._get(name, default, (int,))
-        if value < (0 if default == 0 else 1):
-            raise CheckpointError(f"{self.where}: {name} is {value}; expected a positive size")
+        if not 1 <= value <= limit and value != default:
+            raise CheckpointError(f"{self.where}: {name} is {value}; expected a size up to {limit:,}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -91,7 +91,7 @@ class Block(nnx.Module):
 class GPT2(nnx.Module):
     """tokens int32[B, T], T ≤ max_seq_len → logits [B, T, vocab_size] in the computation's dtype.
 
-    Past the position table the logits are NaN: that is what `jnp.take` gives for a row that is not there.
+    Longer sequences give NaN everywhere: that is what `jnp.take` gives for a row past the end of the position table.
     """
 
     def __init__(

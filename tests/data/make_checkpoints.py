@@ -79,7 +79,8 @@ def make(name: str, config: transformers.PretrainedConfig, folder: Path) -> None
 def make_sentencepiece(folder: Path) -> None:
     """A BPE model of the kind Llama 2 has, with pieces and scores as llama.cpp would store them, and what it gives."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = Path(__file__).read_text() + "Les œufs sont très chers, naïve café. The cat sat on the mat; the dog did too.\n" * 20
+    prose = "Les œufs sont très chers, naïve café. The cat sat on the mat; the dog did too.\n" * 20
+    text = Path(__file__).read_text() + prose
     corpus = folder / "corpus.txt"
     corpus.write_text(text)
     sentencepiece.SentencePieceTrainer.train(
@@ -94,7 +95,8 @@ def make_sentencepiece(folder: Path) -> None:
     )
     spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
-    kinds = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1 for i in range(len(pieces))]
+    tests = ((2, spm.is_unknown), (3, spm.is_control), (6, spm.is_byte), (1, lambda _: True))
+    kinds = [next(kind for kind, holds in tests if holds(i)) for i in range(len(pieces))]
     samples = [
         "Hello world",
         "The cat sat on the mat",
