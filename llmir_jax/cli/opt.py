@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import StringIO
+from pathlib import Path
 from typing import IO
 
 from xdsl.dialects import arith, builtin, func
@@ -66,8 +68,12 @@ class LLMIROptMain(xDSLOptMain):
         arg_parser.add_argument("--print-after-all", action="store_true", help="print the IR after each pass")
 
     def get_input_stream(self) -> tuple[IO[str], str]:
-        stream, _ = super().get_input_stream()
-        return stream, "mlir"
+        path = self.args.input_file
+        try:
+            text = sys.stdin.read() if path is None else Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidIRError(f"{path or 'stdin'}: expected a text file, got {error}") from error
+        return StringIO(text), "mlir"
 
     def setup_pipeline(self) -> None:
         unknown = [spec.name for spec in parse_pipeline(self.args.passes) if spec.name not in self.available_passes]

@@ -248,12 +248,14 @@ def check_shapes(expected: Mapping[str, tuple[SSAValue | None, Sequence[Dim]]], 
             if leading is not None and not dims_agree(leading, shape[:num_leading]):
                 fail(subject, f"leading dimensions {format_dims(leading)}", format_dims(shape[:num_leading]))
             leading = leading or shape[:num_leading]
+        found = dict(sizes)
         for dim, size in zip(trailing_dims, shape[num_leading:], strict=True):
-            bound = dim if isinstance(dim, int) else sizes.get(dim, DYNAMIC_INDEX)
+            bound = dim if isinstance(dim, int) else found.get(dim, DYNAMIC_INDEX)
             if DYNAMIC_INDEX not in (bound, size) and bound != size:
                 fail(subject, f"shape {_describe(dims, sizes)}", format_dims(shape))
             if isinstance(dim, str) and bound == DYNAMIC_INDEX:
-                sizes[dim] = size
+                found[dim] = size
+        sizes = found
     return sizes
 
 

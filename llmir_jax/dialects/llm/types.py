@@ -3,6 +3,7 @@
 import math
 from abc import ABC
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from xdsl.dialects.builtin import (
     AnyFloat,
@@ -39,6 +40,12 @@ def _check_float_type(subject: str, element_type: Attribute) -> None:
         fail(subject, "a floating-point type", element_type)
 
 
+def unsigned(storage: Attribute) -> IntegerType:
+    """The unsigned integer type of the same width."""
+    assert isinstance(storage, IntegerType)
+    return IntegerType(storage.width.data, Signedness.UNSIGNED)
+
+
 def _parse_int_after_comma(parser: AttrParser) -> IntAttr:
     parser.parse_punctuation(",")
     return IntAttr(parser.parse_integer(allow_boolean=False))
@@ -47,6 +54,7 @@ def _parse_int_after_comma(parser: AttrParser) -> IntAttr:
 # -- KV caches ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, init=False)  # without it xDSL would compare two types without looking at these fields
 class _KVCacheType(ParametrizedAttribute, TypeAttribute, ABC):
     """What the two cache types share: the sizes, in the order they are printed."""
 
@@ -246,9 +254,7 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         """The tensors that hold such a value: integers, scales, and zero points or minima where it has them."""
         shape = self.get_shape()
         groups = (*shape[:-1], shape[-1] // self.elements_per_group)
-        storage = self.element_type
-        if self.min_type != NONE and isinstance(storage, IntegerType):
-            storage = IntegerType(storage.width.data, Signedness.UNSIGNED)
+        storage = self.element_type if self.min_type == NONE else unsigned(self.element_type)
         parts = [TensorType(storage, shape), TensorType(self.scale_type, groups)]
         parts += [TensorType(offset, groups) for offset in (self.zero_point_type, self.min_type) if offset != NONE]
         return tuple(parts)
@@ -260,14 +266,20 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         _check_float_type(f"!{self.name}: scale", self.scale_type)
         if self.zero_point_type != NONE and self.min_type != NONE:
             raise VerifyException(f"!{self.name}: expected one of zp and min, got both")
-        if self.zero_point_type != NONE and not isinstance(self.zero_point_type, IntegerType):
-            fail(f"!{self.name}: zp", "an integer type", self.zero_point_type)
+        if self.zero_point_type != NONE:
+            self._check_zero_point()
         if self.min_type != NONE:
             _check_float_type(f"!{self.name}: min", self.min_type)
         if isinstance(self.group_size, NoneAttr):
             return
         if self.group_size.data <= 0 or shape[-1] % self.group_size.data:
             fail(f"!{self.name}: group_size", f"a divisor of the last dimension {shape[-1]}", self.group_size.data)
+
+    def _check_zero_point(self) -> None:
+        assert isinstance(self.element_type, IntegerType)
+        width = self.element_type.width.data
+        if not isinstance(self.zero_point_type, IntegerType) or self.zero_point_type.width.data < width:
+            fail(f"!{self.name}: zp", f"an integer type of at least {width} bits", self.zero_point_type)
 
     @classmethod
     def parse_parameters(cls, parser: AttrParser) -> Sequence[Attribute]:
