@@ -54,6 +54,7 @@ class Derived:
 
     module: ModuleOp
     length: int
+    max_seqs: int
     max_seq_len: int
     notes: list[str] = field(default_factory=list)
     text: str = ""
@@ -217,7 +218,7 @@ def derive(
         notes.append("no attention found: every token is served on its own")
     _flatten_inputs(module, length, max_seqs)
     module.attributes[LENGTH] = IntegerAttr(length, i64)
-    return Derived(module, length, max_seq_len, notes)
+    return Derived(module, length, max_seqs, max_seq_len, notes)
 
 
 class _ParameterValues(Mapping[SSAValue, Any]):

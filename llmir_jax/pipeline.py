@@ -87,11 +87,9 @@ def derive_step(
         BlockifyKVCachePass(page_size=page_size),
         PagedAttentionRewritePass(),
         KVCachePruningPass(),
-        # logits for the rows that are asked for
-        SinkLogitsRowsPass(),
     )
     derived.text = text_of(module)
-    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass())
+    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     return derived
 
@@ -99,7 +97,13 @@ def derive_step(
 def specialize_step(derived: Derived, tokens: int, recorder: Recorder) -> ModuleOp:
     """The step for `tokens` tokens, lowered to what runs."""
     module = derived.module.clone()
-    return recorder.run(module, SpecializeTokensPass(tokens=tokens), LowerToReferencePass())
+    rows = derived.max_seqs
+    return recorder.run(
+        module,
+        SinkLogitsRowsPass(at_logits=tokens <= rows),  # with so few tokens, logits for all cost less than for the rows
+        SpecializeTokensPass(tokens=tokens),
+        LowerToReferencePass(),
+    )
 
 
 def compile_forward(module: ModuleOp) -> ModuleOp:

@@ -51,6 +51,11 @@ class DerivedStep:
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()
 
+    @property
+    def derived_module(self) -> ModuleOp:
+        """The step at the length it was derived at, before it is made for a bucket."""
+        return self._derived.module
+
     def _role(self, index: int) -> str | None:
         role = self._attributes[index].get(signature.ROLE)
         return role.data if isinstance(role, StringAttr) else None

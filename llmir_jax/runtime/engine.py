@@ -221,6 +221,12 @@ class Engine:
         self._runner.warmup()
         return self.compilations[num_before:]
 
+    def run_rows(self, *batch: Any) -> np.ndarray[Any, Any]:
+        """Logits float32[S, vocab] of a batch made by hand, see `Runner.run_rows`; only while there are no requests."""
+        if self.has_requests:
+            raise RequestError("the step cannot be run by hand while requests are in flight: finish or abort them first")
+        return self._runner.run_rows(*batch)
+
     # The step
 
     def _advance(self) -> None:

@@ -6,7 +6,7 @@ each, so that none copies the cache. A step takes one host array in, and at most
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -94,6 +94,31 @@ class Runner:
             self._next_token(chunk, *(values[name][chunk.slot] for name in sampler.SampledTokens._fields))
             for chunk in ending
         ]
+
+    def run_rows(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        seq_ids: NDArray[np.int32],
+        seq_lens: NDArray[np.int32],
+        logits_rows: NDArray[np.int32],
+        block_tables: Sequence[NDArray[np.int32]],
+    ) -> NDArray[np.float32]:
+        """Run the model's step on a batch made by hand, over pages of its own choice; logits float32[S, vocab].
+
+        For checks of the step: it writes to the pages that it names, so nothing else may be in the cache.
+        """
+        bucket = min(b for b in self._model.buckets if b >= len(tokens))
+        buffer, views = self._step_packings[bucket].allocate()
+        for name, values in (("tokens", tokens), ("positions", positions), ("seq_ids", seq_ids)):
+            views[name][: len(values)] = values
+        views["num_tokens"][...] = len(tokens)
+        views["seq_lens"][...] = seq_lens
+        views["logits_rows"][...] = logits_rows
+        for idx, table in enumerate(block_tables):
+            views[_table_name(idx)][...] = table
+        logits, _ = self._run_step(buffer, bucket)
+        return np.asarray(logits)
 
     def warmup(self) -> None:
         """Compile every program, by running each on nothing: the cache's contents stay as they are."""

@@ -8,7 +8,8 @@ comes after the last attention.
     %logits = stablehlo.dot_general %rows, %head : … -> tensor<1x8x49152xf32>
 
 Operations that serve the logits alone are done again for the rows; where they read something the step needs anyway, its
-rows are gathered. The rows take the place of the token axis, for `max_seqs` sequences.
+rows are gathered. The rows take the place of the token axis, for `max_seqs` sequences. With `at_logits` nothing sinks:
+logits are computed for every token and their rows gathered.
 """
 
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class SinkLogitsRowsPass(ModulePass):
 
     name = "sink-logits-rows"
 
+    at_logits: bool = False
+
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         length = op.attributes.get(LENGTH)
         if not isinstance(length, IntegerAttr):
@@ -118,9 +121,10 @@ class SinkLogitsRowsPass(ModulePass):
         main = main_function(op)
         logits, *others = signature.results(main)
         rows = signature.argument(main, "logits_rows")
+        stays = _needed([logits, *others])
         try:
-            sunk = _Sinker(length.value.data, rows, _needed(others), {}).of(logits)
+            sunk = _Sinker(length.value.data, rows, stays if self.at_logits else _needed(others), {}).of(logits)
         except _FlattenedTokens:
-            sunk = _Sinker(length.value.data, rows, _needed([logits, *others]), {}).of(logits)
+            sunk = _Sinker(length.value.data, rows, stays, {}).of(logits)
         signature.set_results(main, [sunk, *others])
         dce(op)

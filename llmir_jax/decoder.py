@@ -1,0 +1,347 @@
+"""The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from llmir_jax.analysis.align import main_function
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import dtype_of, type_of
+from llmir_jax.errors import LlmirError
+from llmir_jax.interop import op_name
+from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.report import AttentionEntry, Report
+from llmir_jax.runtime.batch import CacheGroup
+from llmir_jax.runtime.engine import Engine
+from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
+from llmir_jax.runtime.runner import Compilation
+from llmir_jax.runtime.sampling import SamplingParams
+from llmir_jax.runtime.text import Tokenizer
+from llmir_jax.step import DerivedStep
+from llmir_jax.trace import Traced, flatten_params, trace
+from llmir_jax.transforms import signature
+from llmir_jax.verify import CachedLogits, CheckResult, Piece, self_check
+
+STAGES = ("stablehlo", "llm", "target")
+DEFAULT_BUCKETS = (64, 512)
+_SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise LlmirError(f"decoder: {name} must be a whole number of at least 1, got {value!r}")
+
+
+def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
+    """Numbers of token rows to compile for, rising; one of them holds a token of every sequence."""
+    if buckets is not None:
+        _check_sizes(**{f"buckets[{i}]": b for i, b in enumerate(buckets)})
+        if not buckets:
+            raise LlmirError("decoder: buckets must not be empty; leave it out for the default")
+        return tuple(sorted({*buckets, max(max_seqs, *buckets)}))
+    return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
+
+
+class Decoder:
+    """A served model: the step derived from its forward, with a paged KV cache and an engine.
+
+    Make one with `llmir.jit(forward).decoder(model, …)`. One thread at a time may use it.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: DerivedStep,
+        engine: Engine,
+        forward: Callable[[Any, jax.Array], jax.Array],
+        model: Any,
+        traced: Traced,
+        texts: dict[str, str],
+        recorder: Recorder,
+        notes: Sequence[str],
+        targets: dict[str, str],
+    ):
+        self._step = step
+        self._engine = engine
+        self._forward = forward
+        self._model = model
+        self._traced = traced
+        self._texts = texts
+        self._recorder = recorder
+        self._notes = tuple(notes)
+        self._targets = targets
+        self._check: CheckResult | None = None
+
+    @classmethod
+    def build(
+        cls,
+        forward: Callable[[Any, jax.Array], jax.Array],
+        model: Any,
+        *,
+        num_pages: int = 512,
+        page_size: int = 16,
+        max_seqs: int = 8,
+        max_seq_len: int | None = None,
+        buckets: Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
+        verify: bool = True,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> "Decoder":
+        """Derive the decoder of `forward(model, tokens int32[1, seq]) -> logits [1, seq, vocab]`.
+
+        Args:
+            num_pages: pages of KV cache, for each group of layers that shares a page table.
+            page_size: tokens a page.
+            max_seqs: sequences served at once.
+            max_seq_len: tokens of the longest sequence; None for as many as all pages hold.
+            buckets: numbers of token rows to compile the step for; None for 1, max_seqs, 64 and 512.
+            prefill_chunk: the most tokens of one prompt a step computes.
+            verify: run the self-check (see `llmir_jax.verify`).
+            tokenizer: for text and stop strings; None for token ids only.
+            eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
+            seed: of the self-check's random tokens.
+
+        Raises:
+            UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
+            VerificationError: the self-check found a difference.
+        """
+        _check_sizes(num_pages=num_pages, page_size=page_size, max_seqs=max_seqs)
+        if max_seq_len is not None:
+            _check_sizes(max_seq_len=max_seq_len)
+        longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
+        recorder = Recorder()
+        first: list[Traced] = []
+
+        def trace_at(length: int) -> Traced:
+            start = time.perf_counter()
+            traced = trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32))
+            recorder.seconds["trace"] = recorder.seconds.get("trace", 0.0) + time.perf_counter() - start
+            if not first:
+                first.append(traced)
+                texts["stablehlo"] = text_of(traced.module)
+            return traced
+
+        texts: dict[str, str] = {}
+        derived = derive_step(
+            trace_at,
+            lambda: flatten_params(model),
+            max_seqs=max_seqs,
+            max_seq_len=longest,
+            page_size=page_size,
+            num_pages=num_pages,
+            recorder=recorder,
+        )
+        texts["llm"] = derived.text
+        step = DerivedStep(
+            derived,
+            flatten_params(model),
+            [p.path for p in first[0].params],
+            max_seqs=max_seqs,
+            buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
+            recorder=recorder,
+        )
+        if eos_token_ids is None:
+            eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
+        engine = Engine(step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk)
+        decoder = cls(
+            step=step,
+            engine=engine,
+            forward=forward,
+            model=model,
+            traced=first[0],
+            texts=texts,
+            recorder=recorder,
+            notes=derived.notes,
+            targets={},
+        )
+        if verify:
+            decoder._check = decoder._self_check(seed)
+        return decoder
+
+    # Serving
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for requests that come and go, full outputs and statistics."""
+        return self._engine
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return self._step.max_seq_len
+
+    @property
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """Groups of layers that share a page table."""
+        return self._step.cache_groups
+
+    def generate(
+        self,
+        prompts: Sequence[ArrayLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[list[int]]:
+        """New token ids for each prompt of token ids. See `Engine.generate` for errors and full outputs."""
+        return [output.token_ids for output in self._engine.generate(prompts, params)]
+
+    def complete(
+        self,
+        prompts: Sequence[ArrayLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """As `generate`, with text, log-probabilities and reasons."""
+        return self._engine.generate(prompts, params)
+
+    def stream(self, prompt: ArrayLike, params: SamplingParams | None = None) -> Iterator[RequestUpdate]:
+        """The answer to one prompt, as it comes. Closing the iterator frees its pages."""
+        return self._engine.stream([prompt], params)
+
+    def warmup(self) -> tuple[Compilation, ...]:
+        """Compile everything that serving can need; returns what was compiled and how long each took."""
+        return self._engine.warmup()
+
+    def logits(self, sequences: Sequence[ArrayLike], *, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+        """Logits float32[len, vocab] of each sequence, computed through the cached step in uneven chunks.
+
+        For checking a decoder against its forward; at most max_seqs sequences. It uses the engine's cache, so nothing
+        may be in flight.
+        """
+        if len(sequences) > self._step.max_seqs:
+            raise LlmirError(f"logits: at most max_seqs = {self._step.max_seqs} sequences, got {len(sequences)}")
+        arrays = [np.asarray(s, np.int32) for s in sequences]
+        cached = self._cached_logits(seed)
+        longest = max(len(a) for a in arrays)
+        if longest > cached.capacity:
+            raise LlmirError(f"logits: sequences of at most {cached.capacity} tokens fit the pages, got {longest}")
+        rng = np.random.default_rng(seed)
+        out = [np.zeros((len(a), self._step.vocab_size), np.float32) for a in arrays]
+        done = [0] * len(arrays)
+        while any(d < len(a) for d, a in zip(done, arrays, strict=True)):
+            pieces, left = [], min(self._step.max_seqs, self._step.buckets[-1])
+            for seq in rng.permutation(len(arrays)):
+                size = min(int(rng.integers(1, self._step.max_seqs + 1)), left, len(arrays[seq]) - done[seq])
+                if size:
+                    pieces.append(Piece(int(seq), done[seq], done[seq] + size))
+                    done[seq] += size
+                    left -= size
+            wanted = [(p.seq, i) for p in pieces for i in range(p.start, p.stop)]
+            for row, (seq, i) in zip(cached.step(arrays, pieces, wanted), wanted, strict=True):
+                out[seq][i] = row
+        return out
+
+    # Looking inside
+
+    def ir(self, stage: str) -> str:
+        """Text of a stage: "stablehlo" (traced), "llm" (over the paged cache) or "target" (what is compiled)."""
+        if stage not in STAGES:
+            raise LlmirError(f"ir: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+        if stage == "target":
+            return text_of(self._step.module(self._step.buckets[0]))
+        return self._texts[stage]
+
+    def report(self) -> Report:
+        """What was matched, how each part is served, and what the self-check found."""
+        module = self._step.derived_module
+        main = main_function(module)
+        counts: dict[str, int] = {}
+        for op in main.body.block.ops:
+            counts[op_name(op)] = counts.get(op_name(op), 0) + 1
+        forms: dict[tuple[Any, ...], int] = {}
+        for op in main.body.block.ops:
+            if isinstance(op, llm.AttendPagesOp):
+                heads, dim = type_of(op.q).get_shape()[1:]
+                kv_heads = type_of(op.k_pages).get_shape()[2]
+                window = None if op.window is None else op.window.value.data
+                softcap = None if op.softcap is None else float(op.softcap.value.data)
+                form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, str(dtype_of(op.k_pages)))
+                forms[form] = forms.get(form, 0) + 1
+        names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
+        reference = "the reference decomposition, compiled by XLA"
+        entries = tuple(
+            AttentionEntry(layers=n, served_by=reference, **dict(zip(names, form, strict=True)))
+            for form, n in forms.items()
+        )
+        check = self._check
+        used = set(self._step.parameter_paths)
+        return Report(
+            attention=entries,
+            operations=counts,
+            served_by={
+                name: f"{reference} (no kernels for this target in this version)"
+                for name in sorted(counts)
+                if name.startswith("llm.")
+            },
+            parameters={p.path: f"{np.dtype(p.dtype)}{list(p.shape)}" for p in self._traced.params if p.path in used},
+            unused_parameters=tuple(p.path for p in self._traced.params if p.path not in used),
+            cache_bytes=sum(_group_bytes(g) for g in self._step.cache_groups),
+            max_seq_len=self._step.max_seq_len,
+            buckets=self._step.buckets,
+            compilations=tuple(
+                f"{c.program}{'' if c.bucket is None else f' of {c.bucket} tokens'} in {c.seconds:.2f} s"
+                for c in self._engine.compilations
+            ),
+            self_check="skipped (verify=False)"
+            if check is None
+            else f"passed: {check.compared} rows of logits within {100 * check.error:.2g} % of the largest "
+            f"({100 * check.tolerance:.2g} % allowed)",
+            seconds=dict(self._recorder.seconds),
+            notes=self._notes,
+        )
+
+    # The self-check
+
+    def _cached_logits(self, seed: int) -> CachedLogits:
+        return CachedLogits(
+            self._engine.run_rows,
+            self._step.cache_groups,
+            max_seqs=self._step.max_seqs,
+            max_seq_len=self._step.max_seq_len,
+            seed=seed,
+        )
+
+    def _self_check(self, seed: int) -> CheckResult:
+        length = min(_SELF_CHECK_LENGTH, self._step.max_seq_len)
+        flat = flatten_params(self._model)
+
+        def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            (logits,) = self._traced.flat_fn(*flat, jnp.asarray(tokens)[None])
+            return np.asarray(logits.astype(jnp.float32))[0]
+
+        start = time.perf_counter()
+        result = self_check(
+            self._cached_logits(seed),
+            run,
+            vocab_size=self._input_vocab(),
+            max_seqs=self._step.max_seqs,
+            max_rows=self._step.buckets[-1],
+            length=length,
+            half=self._computes_in_half(),
+            seed=seed,
+        )
+        self._recorder.seconds["self-check"] = time.perf_counter() - start
+        return result
+
+    def _input_vocab(self) -> int:
+        return self._step.vocab_size
+
+    def _computes_in_half(self) -> bool:
+        """Whether 16-bit floats take part: then rounding alone separates the two."""
+        main = main_function(self._step.derived_module)
+        return any(
+            dtype_of(r).itemsize <= 2 and dtype_of(r).kind not in "iub"
+            for op in main.body.block.ops
+            for r in op.results
+            if hasattr(r.type, "get_shape")
+        )
+
+
+def _group_bytes(group: CacheGroup) -> int:
+    per_page = group.page_size * group.num_kv_heads * group.head_dim * np.dtype(group.dtype).itemsize
+    return 2 * group.num_layers * group.num_pages * per_page
