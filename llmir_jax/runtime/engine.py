@@ -224,7 +224,7 @@ class Engine:
     def run_rows(self, *batch: Any) -> np.ndarray[Any, Any]:
         """Logits float32[S, vocab] of a batch made by hand, see `Runner.run_rows`; only while there are no requests."""
         if self.has_requests:
-            raise RequestError("the step cannot be run by hand while requests are in flight: finish or abort them first")
+            raise RequestError("no step can be run by hand while requests are in flight: finish or abort them first")
         return self._runner.run_rows(*batch)
 
     # The step

@@ -1,5 +1,6 @@
 """Many small host arrays in one: a step takes one transfer to the device instead of a dozen."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ class Field:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which tokens of which requests the next step computes.
 
 First come, first served. Every step carries one token of each decoding request, and what room is left goes to chunks
-of prompts, in the order of arrival: one flat batch, padded to the smallest bucket that holds it. A waiting request is
+of prompts, in the order of arrival: one flat batch, padded to a bucket. A waiting request is
 let in when the cache has room for all of its tokens. When a running one finds no page, the youngest running request
 gives its pages back and waits; later its tokens are computed again, so preemption costs time and changes no token.
 The oldest request can always go on, hence so does the whole.
@@ -116,23 +116,39 @@ class Scheduler:
         chunks: list[Chunk] = []
         copies: list[PageCopy] = []
         num_preempted_before = self.num_preemptions
-        for request, num_tokens in self._share_rows():
+        num_rows = self._choose_rows()
+        for request, num_tokens in self._share_rows(num_rows):
             stop = self._make_room(request, num_tokens)
             if stop > request.num_computed:
                 chunks.append(self._reserve(request, stop, copies))
         # Right after a preemption there is no room; letting the same request in again would only thrash.
         if self.num_preemptions == num_preempted_before:
-            self._admit(chunks, copies)
+            self._admit(num_rows, chunks, copies)
         if not chunks:
             assert not self.waiting and not self.running, "a request that fits an empty cache is always let in"
             return None
-        num_rows = sum(chunk.stop - chunk.start for chunk in chunks)
-        bucket = next(size for size in self._buckets if size >= num_rows)
+        bucket = self._bucket_for(sum(chunk.stop - chunk.start for chunk in chunks))
         return Schedule(copies=tuple(copies), chunks=tuple(chunks), bucket=bucket)
 
-    def _share_rows(self) -> list[tuple[Request, int]]:
+    def _bucket_for(self, num_rows: int) -> int:
+        return next((size for size in self._buckets if size >= num_rows), self._buckets[-1])
+
+    def _choose_rows(self) -> int:
+        """The most rows this step may have: all that are wanted, or the next lower bucket if that wastes much less.
+
+        70 tokens are better computed as 64 and then 6 than padded to 512. Two steps instead of one is all it may cost.
+        """
+        candidates = [*self.running, *self.waiting[: len(self._free_slots)]]
+        num_wanted = sum(min(request.num_uncomputed, self.prefill_chunk) for request in candidates)
+        num_decoding = sum(request.num_uncomputed == 1 for request in self.running)
+        bucket = self._bucket_for(num_wanted)
+        lower = max((size for size in self._buckets if size < bucket), default=bucket)
+        saves_half = num_wanted <= 2 * lower and 4 * lower <= bucket
+        return lower if saves_half and 2 * num_decoding <= lower else bucket
+
+    def _share_rows(self, num_rows: int) -> list[tuple[Request, int]]:
         """How many tokens of each running request the step should take: decoding ones first, then prompts."""
-        num_left = self._buckets[-1]
+        num_left = num_rows
         shares = {}
         for request in sorted(self.running, key=lambda request: request.num_uncomputed > 1):
             shares[request.request_id] = min(request.num_uncomputed, self.prefill_chunk, num_left)
@@ -159,9 +175,9 @@ class Scheduler:
         is_last = stop == request.num_tokens
         return Chunk(request=request, slot=request.slot, start=request.num_computed, stop=stop, is_last=is_last)
 
-    def _admit(self, chunks: list[Chunk], copies: list[PageCopy]) -> None:
+    def _admit(self, num_rows: int, chunks: list[Chunk], copies: list[PageCopy]) -> None:
         """Start waiting requests, in order, while there are slots, rows and pages for all of their tokens."""
-        num_left = self._buckets[-1] - sum(chunk.stop - chunk.start for chunk in chunks)
+        num_left = num_rows - sum(chunk.stop - chunk.start for chunk in chunks)
         while self.waiting and self._free_slots and num_left and self._has_room(self.waiting[0]):
             request = self.waiting.pop(0)
             self.pages.add(request.request_id)

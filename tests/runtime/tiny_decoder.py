@@ -1,4 +1,4 @@
-"""A hand-written decoder for the runtime's tests: two layers, grouped queries, RoPE, one full and one sliding-window cache.
+"""A hand-written decoder for the runtime tests: two layers, grouped queries, RoPE, a full and a sliding-window cache.
 
 `TinyDecoder` is the paged `StepModel`; `reference_logits` is the same model written the textbook way, without a cache.
 """
