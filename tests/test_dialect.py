@@ -89,7 +89,8 @@ def test_parts_of_types() -> None:
         TensorType(i8, [4, 8]),
         TensorType(f32, [4, 1]),
     )
-    assert llm.ShardedTensorType(TensorType(f16, [8, 6]), 1, 2, 0).local_type() == TensorType(f16, [8, 3])
+    assert llm.ShardedTensorType(TensorType(f16, [8, 6]), 1, 2, 0).parts() == (TensorType(f16, [8, 3]),)
+    assert llm.ShardedKVCacheType(f16, 2, 3, 8, 4, 32, 4).parts() == (TensorType(f16, [2, 8, 3, 8]),) * 2
     assert llm.PagedKVCacheType(f16, 1, 1, 8, 4, 30).blocks_per_seq == 8
 
 

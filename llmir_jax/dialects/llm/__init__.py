@@ -17,8 +17,9 @@ from .distributed import (
     ShardedLinearOp,
 )
 from .layers import ACTIVATIONS, GatedMLPOp, LayerNormOp, LinearOp, RMSNormOp, RopeOp
-from .quantization import DequantizeOp, QuantizedMatmulOp, QuantizeOp
+from .quantization import DequantizeOp, QuantizedMatmulOp, QuantizeOp, storage_range
 from .types import (
+    CompositeType,
     MixedQuantizedTensorType,
     MixedType,
     PagedKVCacheType,
@@ -73,6 +74,7 @@ __all__ = [
     "AppendKVOp",
     "AttendPagesOp",
     "AttentionOp",
+    "CompositeType",
     "CostAnnotationOp",
     "DequantizeOp",
     "DistributedAttentionOp",
@@ -98,4 +100,5 @@ __all__ = [
     "ShardedLinearOp",
     "ShardedTensorType",
     "WritePagesOp",
+    "storage_range",
 ]

@@ -155,6 +155,11 @@ class ShardedKVCacheType(_KVCacheType):
         """Positions that one shard holds."""
         return self.max_seq_len.data // self.num_shards.data
 
+    def parts(self) -> tuple[TensorType[Attribute], ...]:
+        """The tensors that hold such a value: keys, values."""
+        shape = (self.num_layers.data, self.shard_len, self.num_kv_heads.data, self.head_dim.data)
+        return TensorType(self.element_type, shape), TensorType(self.element_type, shape)
+
     def verify(self) -> None:
         self._check()
         _check_positive(self.name, shards=self.num_shards)
@@ -190,8 +195,8 @@ def _check_quantized_shape(type_name: str, shape: Sequence[int]) -> None:
 
 
 def _check_storage(type_name: str, element_type: Attribute) -> None:
-    if not isinstance(element_type, IntegerType) or not 2 <= element_type.width.data <= 8:
-        fail(f"!{type_name}: element type", "an integer of 2 to 8 bits", element_type)
+    if not isinstance(element_type, IntegerType) or element_type.width.data not in (2, 4, 8):
+        fail(f"!{type_name}: element type", "an integer of 2, 4 or 8 bits", element_type)
 
 
 @irdl_attr_definition
@@ -427,7 +432,7 @@ class ShardedTensorType(ParametrizedAttribute, TypeAttribute):
     """One shard of a tensor that is split evenly along a dimension.
 
     ``!llm.sharded_tensor<tensor<4096x4096xf16>, 1, 4, 2>``: the whole tensor's type, the dimension, the number of
-    shards, which shard. In a lowered function a value of this type is the tensor ``local_type()``.
+    shards, which shard. In a lowered function a value of this type is one tensor, the shard.
     """
 
     name = "llm.sharded_tensor"
@@ -446,11 +451,11 @@ class ShardedTensorType(ParametrizedAttribute, TypeAttribute):
     ) -> None:
         super().__init__(original, _int(dim), _int(num_shards), _int(shard_id))
 
-    def local_type(self) -> TensorType[Attribute]:
-        """The type of the shard itself."""
+    def parts(self) -> tuple[TensorType[Attribute], ...]:
+        """The tensor that holds such a value: the shard."""
         shape = list(self.original.get_shape())
         shape[self.dim.data] //= self.num_shards.data
-        return TensorType(self.original.element_type, shape)
+        return (TensorType(self.original.element_type, shape),)
 
     def verify(self) -> None:
         shape = self.original.get_shape()
@@ -471,3 +476,7 @@ class ShardedTensorType(ParametrizedAttribute, TypeAttribute):
         with printer.in_angle_brackets():
             printer.print_attribute(self.original)
             printer.print_string(f", {self.dim.data}, {self.num_shards.data}, {self.shard_id.data}")
+
+
+CompositeType = QuantizedTensorType | MixedQuantizedTensorType | ShardedKVCacheType | ShardedTensorType
+"""Types of values that are held by the tensors of their ``parts()``."""

@@ -20,7 +20,7 @@ func.func private @f(!llm.sharded_kv_cache<f16, 12, 16, 64, 16, 32768, shards=0>
 func.func private @f(!llm.sharded_kv_cache<f16, 12, 16, 64, 16, 32768, shards=3>)
 
 // -----
-// CHECK: !llm.quantized_tensor: element type: expected an integer of 2 to 8 bits, got f32
+// CHECK: !llm.quantized_tensor: element type: expected an integer of 2, 4 or 8 bits, got f32
 func.func private @f(!llm.quantized_tensor<4x1024xf32, scale=f32, symmetric=true>)
 
 // -----

@@ -1,0 +1,136 @@
+"""Quantized tensors in plain JAX: finding scales, encoding, decoding, and the matmul with a quantized weight.
+
+All arithmetic is in float32. Groups run along the last dimension; see `llm.QuantizedTensorType` for what is stored.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from xdsl.dialects.builtin import IntegerType, NoneAttr, TensorType
+
+from llmir_jax.dense import element_dtype
+from llmir_jax.dialects import llm
+
+Decode = Callable[..., Array]
+
+
+def _grouped(x: Array, group_size: int) -> Array:
+    """[..., K] as [..., groups, group_size]."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+
+
+def _range(part: TensorType) -> tuple[int, int]:
+    assert isinstance(part.element_type, IntegerType)
+    return llm.storage_range(part.element_type)
+
+
+def _positive(scale: Array) -> Array:
+    """Scales to divide by: 1 where a group is all zero, whose integers are then 0."""
+    return jnp.where(scale > 0, scale, 1)
+
+
+def _encode(values: Array, low: int, high: int, dtype: DTypeLike) -> Array:
+    return jnp.clip(jnp.round(values), low, high).astype(jnp.int32).astype(dtype)
+
+
+def encode_parts(kind: llm.QuantizedTensorType, x: Array) -> tuple[Array, ...]:
+    """The parts of x quantized to a type, each group by its own values."""
+    stored, *side = kind.parts()
+    low, high = _range(stored)
+    dtype = element_dtype(stored.element_type)
+    side_dtypes = [element_dtype(part.element_type) for part in side]
+    groups = _grouped(x.astype(jnp.float32), kind.elements_per_group)
+    if kind.is_symmetric:
+        scale = _rounded(jnp.max(jnp.abs(groups), axis=-1) / high, side_dtypes[0])
+        integers = _encode(groups / _positive(scale)[..., None], -high, high, dtype)
+        return integers.reshape(x.shape), scale.astype(side_dtypes[0])
+    least, greatest = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
+    if not isinstance(kind.min_type, NoneAttr):
+        least = _rounded(least, side_dtypes[1])
+        scale = _rounded((greatest - least) / (high - low), side_dtypes[0])
+        integers = _encode((groups - least[..., None]) / _positive(scale)[..., None], low, high, dtype)
+        return integers.reshape(x.shape), scale.astype(side_dtypes[0]), least.astype(side_dtypes[1])
+    least, greatest = jnp.minimum(least, 0), jnp.maximum(greatest, 0)
+    scale = _rounded((greatest - least) / (high - low), side_dtypes[0])
+    zero_point = jnp.clip(jnp.round(low - least / _positive(scale)), low, high)
+    integers = _encode(groups / _positive(scale)[..., None] + zero_point[..., None], low, high, dtype)
+    stored_zero_point = zero_point.astype(jnp.int32).astype(side_dtypes[1])
+    return integers.reshape(x.shape), scale.astype(side_dtypes[0]), stored_zero_point
+
+
+def _rounded(x: Array, dtype: DTypeLike) -> Array:
+    """As it will be stored, so that integers are found for the scale that decoding uses."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def encode_mixed(kind: llm.MixedQuantizedTensorType, wide_rows: Sequence[int], x: Array) -> tuple[Array, ...]:
+    """The parts of a matrix quantized symmetrically a row, ``wide_rows`` to the wide type, the others to the narrow."""
+    stored, scales = kind.parts()
+    narrow = TensorType(kind.element_type.narrow, stored.get_shape())
+    is_wide = np.zeros((x.shape[0], 1), bool)
+    is_wide[list(wide_rows)] = True
+    high = jnp.where(is_wide, _range(stored)[1], _range(narrow)[1]).astype(jnp.float32)
+    wide = x.astype(jnp.float32)
+    scale_dtype = element_dtype(scales.element_type)
+    scale = _rounded(jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / high, scale_dtype)
+    integers = jnp.clip(jnp.round(wide / _positive(scale)), -high, high)
+    return integers.astype(jnp.int32).astype(element_dtype(stored.element_type)), scale.astype(scale_dtype)
+
+
+def dequantize_parts(kind: llm.QuantizedTensorType | llm.MixedQuantizedTensorType) -> Decode:
+    """The function from the parts of a value of a type to the floats they stand for, float32."""
+
+    def decode(integers: Array, scales: Array, offsets: Array | None = None) -> Array:
+        groups = _grouped(integers, integers.shape[-1] // scales.shape[-1]).astype(jnp.int32)
+        scale = scales.astype(jnp.float32)[..., None]
+        if offsets is None:
+            values = groups * scale
+        elif isinstance(kind, llm.QuantizedTensorType) and not isinstance(kind.min_type, NoneAttr):
+            values = groups * scale + offsets.astype(jnp.float32)[..., None]
+        else:
+            values = (groups - offsets.astype(jnp.int32)[..., None]) * scale
+        return values.reshape(integers.shape)
+
+    return decode
+
+
+def _decode_columns(w: Array, scales: Array, zero_points: Array | None, group_size: int | None) -> Array:
+    """Floats of integers [K, N] whose scales are [K / group_size, N], or [N]."""
+    repeats = 1 if group_size is None else group_size
+    wide = w.astype(jnp.int32)
+    if zero_points is not None:
+        wide = wide - jnp.repeat(zero_points.astype(jnp.int32), repeats, axis=0)
+    return wide * jnp.repeat(scales.astype(jnp.float32), repeats, axis=0)
+
+
+def quantized_matmul(
+    x: Array,
+    w: Array,
+    *rest: Array,
+    decode: Decode | None,
+    group_size: int | None,
+    transpose_w: bool,
+    dtype: DTypeLike,
+) -> Array:
+    """x·w or x·wᵀ in float32, for a weight of a quantized type (by its parts and ``decode``) or of plain integers.
+
+    Args:
+        x: [..., K].
+        w: integers [K, N] ([N, K] where ``transpose_w``).
+        rest: scales, then zero points (or minima) where there are any.
+        decode: turns the parts of the weight into floats [N, K]; None for a plain weight.
+        group_size: how many elements along K share a scale, for a plain weight; None for one scale a column.
+        transpose_w: whether w is stored [N, K].
+        dtype: of the result [..., N].
+    """
+    if decode is not None:
+        weight = decode(w, *rest).T
+    elif transpose_w:
+        columns = [part.T for part in rest]
+        weight = _decode_columns(w.T, columns[0], columns[1] if len(columns) > 1 else None, group_size)
+    else:
+        weight = _decode_columns(w, rest[0], rest[1] if len(rest) > 1 else None, group_size)
+    return jnp.matmul(x.astype(jnp.float32), weight).astype(dtype)
