@@ -5,8 +5,17 @@ from importlib import import_module
 from xdsl.passes import ModulePass
 
 PASSES: dict[str, tuple[str, str]] = {
+    "blockify-kv-cache": ("blockify_kv_cache", "BlockifyKVCachePass"),
     "inline-calls": ("inline_calls", "InlineCallsPass"),
+    "insert-kv-cache": ("insert_kv_cache", "InsertKVCachePass"),
+    "kv-cache-allocation": ("kv_cache_allocation", "KVCacheAllocationPass"),
+    "kv-cache-pruning": ("kv_cache_pruning", "KVCachePruningPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
+    "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
+    "remove-dead-arguments": ("remove_dead_arguments", "RemoveDeadArgumentsPass"),
+    "sink-logits-rows": ("sink_logits_rows", "SinkLogitsRowsPass"),
+    "specialize-tokens": ("specialize_tokens", "SpecializeTokensPass"),
+    "unroll-loops": ("unroll_loops", "UnrollLoopsPass"),
 }
 """For each pass, by its name on the command line: its module in this package, and its class."""
 
