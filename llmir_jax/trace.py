@@ -46,18 +46,29 @@ class ModelTree:
     """What a model is besides its arrays. Hashable; models of equal trees have the same paths."""
 
     treedef: Any
-    graphdef: Any
-    """The structure of the nnx modules in the model; None without any."""
+    """Of the model with the state of each nnx module in the module's place."""
     key_impls: tuple[tuple[int, str], ...]
     """(index of the leaf, name of the implementation) of each leaf that is an array of PRNG keys."""
+    outer: Any
+    """Structure of the model with each nnx module a leaf."""
+    modules: tuple[int, ...]
+    """Which leaves of `outer` are nnx modules."""
+    graphdef: Any
+    """Structure of these modules, which may share variables. None without any."""
 
-    def unflatten(self, arrays: list[Any]) -> Any:
+    def unflatten(self, arrays: Sequence[Any]) -> Any:
         """The model that has these arrays, in the order of `flatten_params`."""
         leaves = list(arrays)
         for i, impl in self.key_impls:
             leaves[i] = jax.random.wrap_key_data(leaves[i], impl=impl)
-        state = jax.tree.unflatten(self.treedef, leaves)
-        return state if self.graphdef is None else nnx.merge(self.graphdef, state)
+        states = jax.tree.unflatten(self.treedef, leaves)
+        if self.graphdef is None:
+            return states
+        parts = self.outer.flatten_up_to(states)
+        merged = nnx.merge(self.graphdef, nnx.State({i: parts[at] for i, at in enumerate(self.modules)}))
+        for at, module in zip(self.modules, merged, strict=True):
+            parts[at] = module
+        return jax.tree.unflatten(self.outer, parts)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -90,14 +101,12 @@ def flatten_model(model: Any) -> tuple[list[Any], ModelTree]:
     Raises:
         LlmirError: a leaf of the model is neither an array nor a shape.
     """
-    graphdef, state = None, model
-    if any(map(_is_nnx_module, jax.tree.leaves(model, is_leaf=_is_nnx_module))):
-        graphdef, state = nnx.split(model)
-    leaves, treedef = jax.tree.flatten(state)
+    states, outer, modules, graphdef = _split(model)
+    leaves, treedef = jax.tree.flatten(states)
     key_impls = []
     for i, leaf in enumerate(leaves):
-        if not _is_array_like(leaf):
-            path = _paths(state)[i]
+        if not is_array_like(leaf):
+            path = _paths(states)[i]
             raise LlmirError(
                 f"the model's leaf '{path}' is a {type(leaf).__name__}, not an array: keep what is no array out of the "
                 "model's pytree (in static fields, or in the function's closure)"
@@ -105,7 +114,22 @@ def flatten_model(model: Any) -> tuple[list[Any], ModelTree]:
         if jnp.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key):
             key_impls.append((i, _key_impl(leaf)))
             leaves[i] = _key_data(leaf)
-    return leaves, ModelTree(treedef=treedef, graphdef=graphdef, key_impls=tuple(key_impls))
+    tree = ModelTree(
+        treedef=treedef, key_impls=tuple(key_impls), outer=outer, modules=tuple(modules), graphdef=graphdef
+    )
+    return leaves, tree
+
+
+def _split(model: Any) -> tuple[Any, Any, list[int], Any]:
+    """The model with the states of its nnx modules in their places; see ModelTree for the rest."""
+    leaves, outer = jax.tree.flatten(model, is_leaf=_is_nnx_module)
+    modules = [at for at, leaf in enumerate(leaves) if _is_nnx_module(leaf)]
+    if not modules:
+        return model, outer, modules, None
+    graphdef, state = nnx.split(tuple(leaves[at] for at in modules))
+    for i, at in enumerate(modules):
+        leaves[at] = state.get(i, nnx.State({}))  # a module that shares all its variables has no state of its own
+    return jax.tree.unflatten(outer, leaves), outer, modules, graphdef
 
 
 def flatten_params(model: Any) -> list[jax.Array]:
@@ -115,12 +139,16 @@ def flatten_params(model: Any) -> list[jax.Array]:
         LlmirError: the model has shapes in place of arrays, or other leaves.
     """
     leaves, tree = flatten_model(model)
+    check_values(leaves, tree)
+    return leaves
+
+
+def check_values(leaves: Sequence[Any], tree: ModelTree) -> None:
+    """Raises LlmirError for a model that has shapes in place of arrays."""
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise LlmirError(
-                f"the model's parameter '{tree.paths[i]}' is a shape without values: load or initialise it"
-            )
-    return leaves
+            path = tree.paths[i]
+            raise LlmirError(f"the model's parameter '{path}' is a shape without values: load or initialise it")
 
 
 def trace(fn: Callable[[Any, Any], Any], model: Any, tokens: Any, *, platform: str | None = None) -> Traced:
@@ -137,7 +165,7 @@ def trace(fn: Callable[[Any, Any], Any], model: Any, tokens: Any, *, platform: s
             Python. What the forward itself raises goes through as it is.
     """
     leaves, tree = flatten_model(model)
-    return trace_flat(fn, [_shape(leaf) for leaf in leaves], tree, _shape(tokens), platform=platform)
+    return trace_flat(fn, [shape_of(leaf) for leaf in leaves], tree, shape_of(tokens), platform=platform)
 
 
 def trace_flat(
@@ -221,15 +249,15 @@ def _flat_function(fn: Callable[[Any, Any], Any], tree: ModelTree) -> tuple[Call
 
 
 def _check_unchanged(fn: Callable[..., Any], model: Any, tree: ModelTree, arrays: list[jax.Array]) -> None:
-    graphdef, state = nnx.split(model)
+    states, _, _, graphdef = _split(model)
     remedy = (
         "a compiled forward must leave the model as it is: call model.eval() first (it makes dropout deterministic and "
         "batch norm use its running averages), and use no cache of the model's own"
     )
-    if graphdef != tree.graphdef or jax.tree.structure(state) != tree.treedef:
+    if graphdef != tree.graphdef or jax.tree.structure(states) != tree.treedef:
         raise LlmirError(f"{_name(fn)} adds state to the model or removes some; {remedy}")
     keys = {i for i, _ in tree.key_impls}
-    for i, (leaf, array) in enumerate(zip(jax.tree.leaves(state), arrays, strict=True)):
+    for i, (leaf, array) in enumerate(zip(jax.tree.leaves(states), arrays, strict=True)):
         if leaf is not array and i not in keys:
             raise LlmirError(f"{_name(fn)} changes the model's state '{tree.paths[i]}'; {remedy}")
 
@@ -281,7 +309,8 @@ def _is_nnx_module(node: Any) -> bool:
     return isinstance(node, nnx.Module)
 
 
-def _is_array_like(leaf: Any) -> bool:
+def is_array_like(leaf: Any) -> bool:
+    """Whether JAX takes it as an array, or it is the shape of one."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic | bool | int | float | complex)
 
 
@@ -299,7 +328,8 @@ def _key_data(leaf: Any) -> Any:
     return jax.random.key_data(leaf)
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and weak type of an array, a scalar or a ShapeDtypeStruct."""
     aval = jax.typeof(leaf)
     weak = getattr(aval, "weak_type", False)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)  # type: ignore[no-untyped-call]

@@ -1,0 +1,242 @@
+"""`llmir.jit`: a forward function compiled through the pipeline, and the door to its decoder.
+
+Called, it is a drop-in for `jax.jit` of the same function: the function is traced, its module goes through the passes,
+and the result is called in its place, inside a `jax.jit` whose cache decides when to do that again. Differentiation and
+`vmap` apply to the original function.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, overload
+
+import jax
+from xdsl.dialects.builtin import ModuleOp
+
+from llmir_jax.errors import LlmirError
+from llmir_jax.interop import call_module
+from llmir_jax.trace import ModelTree, Traced, check_values, flatten_model, is_array_like, shape_of, trace_flat
+
+TARGETS = ("cpu", "gpu", "tpu", "reference")
+STAGES = ("stablehlo", "llm", "target")
+_OPTIONS = ("quantize", "mesh", "target")
+
+
+@overload
+def jit(
+    fn: Callable[..., Any], *, quantize: str | None = None, mesh: Any = None, target: str | None = None, **unknown: Any
+) -> "Jitted": ...
+
+
+@overload
+def jit(
+    fn: None = None, *, quantize: str | None = None, mesh: Any = None, target: str | None = None, **unknown: Any
+) -> "Callable[[Callable[..., Any]], Jitted]": ...
+
+
+def jit(
+    fn: Callable[..., Any] | None = None,
+    *,
+    quantize: str | None = None,
+    mesh: Any = None,
+    target: str | None = None,
+    **unknown: Any,
+) -> Any:
+    """Compile a forward function of (model, tokens); also ``@llmir.jit(…)`` with options.
+
+    Args:
+        fn: function of (model, tokens int32[batch, seq]); the model is a pytree of arrays or an nnx module. It may
+            return any pytree of arrays; a decoder wants logits, float[batch, seq, vocab].
+        quantize: not available in this version.
+        mesh: not available in this version.
+        target: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version every target runs
+            the reference decomposition, compiled by XLA.
+
+    Returns:
+        A `Jitted`, or without ``fn`` a decorator that makes one.
+
+    Raises:
+        LlmirError: an option that does not exist, or a value of one that is not available.
+    """
+    if unknown:
+        raise LlmirError(f"jit has no option {_listed(unknown)}: its options are {_listed(_OPTIONS)}")
+    if quantize is not None:
+        raise LlmirError(f"quantize={quantize!r} is not available in this version of llmir-jax: leave it out")
+    if mesh is not None:
+        raise LlmirError("mesh is not available in this version of llmir-jax: leave it out")
+    if target is not None and target not in TARGETS:
+        raise LlmirError(f"target must be one of {_listed(TARGETS)}, or None for the device JAX uses; got {target!r}")
+    if fn is None:
+        return functools.partial(Jitted, target=target)
+    return Jitted(fn, target=target)
+
+
+class Jitted:
+    """A forward function compiled through the pipeline: call it as the function itself. Made by `llmir.jit`."""
+
+    def __init__(self, fn: Callable[..., Any], *, target: str | None = None):
+        if not callable(fn):
+            raise LlmirError(f"jit takes a function of (model, tokens), got {type(fn).__name__}")
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._name = getattr(fn, "__name__", type(fn).__name__)
+        self._signature = _signature(fn, self._name)
+        self._target = target
+
+        def call(params: list[jax.Array], tokens: jax.Array, tree: ModelTree) -> Any:
+            traced, module = self._compile(list(map(shape_of, params)), tree, shape_of(tokens))
+            return _call(traced, module, params, tokens)
+
+        self._call = jax.jit(_named(call, self._name), static_argnames="tree")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns for (model, tokens)."""
+        model, tokens = self._bind(args, kwargs)
+        arrays, tree = flatten_model(model)
+        check_values(arrays, tree)
+        return self._call(arrays, tokens, tree=tree)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method: the instance is the model."""
+        return self if instance is None else MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<llmir.jit of {self._name}>"
+
+    def lower(self, *args: Any, **kwargs: Any) -> "Lowered":
+        """Trace and run the passes for these shapes: (model, tokens) of arrays or ShapeDtypeStructs."""
+        model, tokens = self._bind(args, kwargs)
+        arrays, tree = flatten_model(model)
+        shapes = [shape_of(array) for array in arrays]
+        traced, module = self._compile(shapes, tree, shape_of(tokens))
+        call = jax.jit(_named(lambda params, tokens: _call(traced, module, params, tokens), self._name))
+        return Lowered(name=self._name, traced=traced, module=module, lowered=call.lower(shapes, shape_of(tokens)))
+
+    def decoder(self, model: Any, **options: Any) -> Any:
+        """The decoder that serves this forward for a model. Options: see `llmir_jax.decoder.Decoder.build`."""
+        from llmir_jax.decoder import Decoder  # here, since serving is not needed to call a forward
+
+        known = [name for name in inspect.signature(Decoder.build).parameters if name not in ("forward", "model")]
+        if unknown := [name for name in options if name not in known]:
+            raise LlmirError(f"decoder has no option {_listed(unknown)}: its options are {_listed(known)}")
+        if self._target is not None and "target" in known:
+            options.setdefault("target", self._target)
+        return Decoder.build(self._fn, model, **options)
+
+    def _bind(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        bound = self._signature.bind(*args, **kwargs)
+        if len(bound.args) != 2 or bound.kwargs:
+            given = len(bound.args) + len(bound.kwargs)
+            raise LlmirError(f"{self._name} is compiled as a function of (model, tokens), got {given} arguments")
+        model, tokens = bound.args
+        if not is_array_like(tokens):
+            raise LlmirError(f"{self._name}: tokens must be an array int32[batch, seq], got {type(tokens).__name__}")
+        return model, tokens
+
+    def _compile(
+        self, params: list[jax.ShapeDtypeStruct], tree: ModelTree, tokens: jax.ShapeDtypeStruct
+    ) -> tuple[Traced, ModuleOp]:
+        from llmir_jax.pipeline import (
+            compile_forward,  # here, since the pipeline traces references through this package
+        )
+
+        traced = trace_flat(self._fn, params, tree, tokens)
+        return traced, compile_forward(traced.module.clone())
+
+
+class Lowered:
+    """A forward compiled by the passes for fixed shapes, not yet by XLA. In the manner of `jax.stages.Lowered`."""
+
+    def __init__(self, *, name: str, traced: Traced, module: ModuleOp, lowered: jax.stages.Lowered):
+        self._name = name
+        self._traced = traced
+        self._module = module
+        self._lowered = lowered
+
+    @property
+    def out_info(self) -> Any:
+        """The pytree that the forward returns, of ShapeDtypeStructs."""
+        return self._traced.result
+
+    def as_text(self, stage: str = "target") -> str:
+        """Text of a stage: "stablehlo" (as traced), "llm" (after the passes) or "target" (what XLA compiles)."""
+        from llmir_jax.pipeline import text_of
+
+        if stage == "stablehlo":
+            return text_of(self._traced.module)
+        if stage == "llm":
+            return text_of(self._module)
+        if stage == "target":
+            return self._lowered.as_text()
+        raise LlmirError(f"as_text: stage must be one of {_listed(STAGES)}, got {stage!r}")
+
+    def compile(self) -> "Compiled":
+        """Compile with XLA for the device that JAX uses."""
+        return Compiled(name=self._name, traced=self._traced, compiled=self._lowered.compile())
+
+
+class Compiled:
+    """A forward compiled for fixed shapes. In the manner of `jax.stages.Compiled`."""
+
+    def __init__(self, *, name: str, traced: Traced, compiled: jax.stages.Compiled):
+        self._name = name
+        self._traced = traced
+        self._compiled = compiled
+
+    def __call__(self, model: Any, tokens: Any) -> Any:
+        """What the forward returns. Raises LlmirError for a model or tokens of other shapes than it was lowered for."""
+        params, tree = flatten_model(model)
+        check_values(params, tree)
+        if tree != self._traced.model_tree:
+            raise LlmirError(f"{self._name} was lowered for a model of another structure: lower it for this one")
+        expected = [(p.path, p.shape, p.dtype) for p in self._traced.params]
+        expected.append(("tokens", self._traced.tokens.shape, self._traced.tokens.dtype))
+        for (path, shape, dtype), got in zip(expected, map(shape_of, (*params, tokens)), strict=True):
+            if (got.shape, got.dtype) != (shape, dtype):
+                raise LlmirError(
+                    f"{self._name} was lowered for '{path}' of {dtype}{list(shape)}, got {got.dtype}{list(got.shape)}: "
+                    "lower it for these shapes"
+                )
+        return self._compiled(params, tokens)
+
+    @property
+    def out_info(self) -> Any:
+        """The pytree that the forward returns, of ShapeDtypeStructs."""
+        return self._traced.result
+
+    def as_text(self) -> str:
+        """The optimised program of the backend's compiler (HLO)."""
+        return self._compiled.as_text() or ""
+
+    def cost_analysis(self) -> Any:
+        """The backend's estimate: floating-point operations, bytes accessed. None where it has none."""
+        return self._compiled.cost_analysis()
+
+    def memory_analysis(self) -> Any:
+        """Bytes of arguments, results, temporaries and code. None where the backend does not say."""
+        return self._compiled.memory_analysis()
+
+
+def _call(traced: Traced, module: ModuleOp, params: list[jax.Array], tokens: jax.Array) -> Any:
+    return traced.unflatten_result(call_module(module, *params, tokens, original=traced.flat_fn))
+
+
+def _named(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`fn`, called so in programs and profiles."""
+    fn.__name__ = fn.__qualname__ = name
+    return fn
+
+
+def _signature(fn: Callable[..., Any], name: str) -> inspect.Signature:
+    signature = inspect.signature(fn)
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        parameters = _listed(signature.parameters)
+        raise LlmirError(f"{name}({parameters}) is no function of (model, tokens): wrap it in one") from None
+    return signature
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names)
