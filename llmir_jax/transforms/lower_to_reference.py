@@ -212,7 +212,8 @@ class _Lowering:
         key = (name, frozenset(op.properties.items()), tuple(op.operand_types), operand_types, tuple(result_types))
 
         def make() -> func.FuncOp:
-            traced = lower_to_module(reference, *(_shape_struct(op, type_) for type_ in operand_types))
+            function_of_all = jax.jit(reference, keep_unused=True)
+            traced = lower_to_module(function_of_all, *(_shape_struct(op, type_) for type_ in operand_types))
             inline_calls(traced)
             for inner in traced.walk():
                 inner.attributes.pop(LOC, None)  # a place in the decomposition; the call has the op's own
