@@ -27,9 +27,12 @@ class Tokenizer:
         """Token ids of `text`. Special tokens written in the text are recognized.
 
         `add_special_tokens=False` leaves out what the model wants around every text (the beginning-of-text token):
-        for text from a chat template, which has it already.
+        for text from a chat template, which has it already. Raises RequestError for what is not valid Unicode.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # not a string, or one with half of a surrogate pair, as undecodable input gives
+            raise RequestError(f"a prompt must be valid Unicode text; got {type(text).__name__} {text!r:.60}") from None
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -38,12 +41,19 @@ class Tokenizer:
         return text
 
     def decode_stream(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> Iterator[str]:
-        """Text as ids come in: what each adds, withheld until it is whole characters. Never yields an empty string."""
-        stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        """Text as ids come in: what each adds, withheld until it is whole characters. Never yields an empty string.
+
+        Together the pieces are `decode` of all ids: a character that stays incomplete comes last, as U+FFFD.
+        """
+        stream, seen, num_yielded = DecodeStream(skip_special_tokens=skip_special_tokens), list[int](), 0
         for token in ids:
-            piece = stream.step(self.backend, *self._checked([token]))
+            seen += self._checked([token])
+            piece = stream.step(self.backend, seen[-1])
             if piece:
+                num_yielded += len(piece)
                 yield piece
+        if rest := self.decode(seen, skip_special_tokens=skip_special_tokens)[num_yielded:]:
+            yield rest
 
     @cached_property
     def vocab_size(self) -> int:
@@ -73,4 +83,5 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable tokenizer: {reason}") from None

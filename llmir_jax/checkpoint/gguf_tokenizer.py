@@ -159,7 +159,8 @@ def _bpe(file: GGUFFile, vocab: dict[str, int], merges: list[Any], **options: An
     try:
         return models.BPE(vocab=vocab, merges=merges, **options)
     except Exception as error:  # the package raises bare Exception, for merges of tokens that are not in the vocabulary
-        raise CheckpointError(f"{file.path}: corrupt tokenizer: {error}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file.path}: corrupt tokenizer: {reason}") from None
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:

@@ -1,17 +1,19 @@
 """A checkpoint of our own: the weights by orbax, and beside them the config, tokenizer and chat template as text.
 
 my-model/
-  llmir.json             format, architecture, config, special tokens
+  llmir.json             format, architecture, config, special tokens, SHA-256 of each file of weights
   weights/               orbax: {"layers.0.attn.q.kernel": array, …}
   tokenizer.json         if the model has a tokenizer
   chat_template.jinja    if it has a chat template
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,12 @@ def save_orbax(
             if chat_template is not None:
                 (folder / "chat_template.jinja").write_text(chat_template.source, encoding="utf-8")
                 manifest["special_tokens"] = dict(chat_template.special_tokens)
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             arrays = {_path(key): variable.get_value() for key, variable in nnx.to_flat_state(nnx.state(model))}
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder / "weights", arrays)
                 checkpointer.wait_until_finished()
+            manifest["sha256"] = _digests(folder / "weights")
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             os.rename(folder, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
@@ -88,6 +91,10 @@ def load_orbax(
             f"expected {FORMAT!r} version {VERSION}"
         )
     config = _config_from_json(manifest, folder / MANIFEST)
+    # Checked here, since orbax would pass over damage to the numbers and report other damage from several threads.
+    wanted, found = manifest.get("sha256") or {}, _digests(folder / "weights")
+    if damaged := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise CheckpointError(f"{folder / 'weights' / damaged[0]}: missing or damaged; copy the checkpoint again")
     graph, state = nnx.split(abstract_model(config, dtype=dtype, param_dtype=param_dtype))
     flat = nnx.to_flat_state(state)
     arrays = _restore(folder / "weights", {_path(key): variable.get_value() for key, variable in flat})
@@ -99,8 +106,6 @@ def load_orbax(
 def _restore(folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     import orbax.checkpoint
 
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory; the checkpoint is incomplete")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}  # type: ignore[no-untyped-call]
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -122,6 +127,18 @@ def _restore(folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
         except Exception as error:
             raise _damaged(folder, error) from None
     return restored
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, by its relative path."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        return {path.relative_to(folder).as_posix(): d for path, d in zip(files, pool.map(digest, files), strict=True)}
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:
