@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import pytest
+from hf_export import export_huggingface
 
+import llmir_jax as llmir
 from llmir_jax.checkpoint.smollm2 import fetch_smollm2
+
+
+@pytest.fixture(scope="session")
+def data_path() -> Path:
+    """tests/data: tiny checkpoints, and what other programs compute with them."""
+    return Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +22,12 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_path() -> Path:
-    """tests/data: tiny checkpoints, and what other programs compute with them."""
-    return Path(__file__).parent / "data"
+def smollm2(smollm2_path: Path) -> llmir.Loaded:
+    """SmolLM2-135M-Instruct in float32."""
+    return llmir.load(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf_path(smollm2: llmir.Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, half a gigabyte of float32."""
+    return export_huggingface(smollm2, tmp_path_factory.mktemp("smollm2") / "hf")

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hf_export import export_huggingface
 
 import llmir_jax as llmir
-from llmir_jax.checkpoint import smollm2
 from llmir_jax.errors import CheckpointError, LlmirError, RequestError
 from llmir_jax.tokenizer import Tokenizer
 
@@ -60,10 +58,9 @@ def test_without_a_chat_template(data_path: Path) -> None:
         loaded.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
-def test_smollm2_by_name_and_as_a_huggingface_directory(smollm2_path: Path, tmp_path: Path) -> None:
+def test_smollm2_as_a_huggingface_directory(smollm2: llmir.Loaded, smollm2_hf_path: Path) -> None:
     """The same weights, tokenizer and template, whether from the GGUF file or from what Hugging Face would publish."""
-    loaded = llmir.load(smollm2.NAME)
-    directory = llmir.load(export_huggingface(loaded, tmp_path / "hf"))
+    loaded, directory = smollm2, llmir.load(smollm2_hf_path)
     assert directory.config == loaded.config
     for ours, theirs in zip(*(jax.tree.leaves(nnx.state(x.model)) for x in (directory, loaded)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -73,3 +70,9 @@ def test_smollm2_by_name_and_as_a_huggingface_directory(smollm2_path: Path, tmp_
     assert directory.tokenizer.eos_ids == loaded.tokenizer.eos_ids == (2,)
     messages = [{"role": "user", "content": "Hi"}]
     assert directory.apply_chat_template(messages) == loaded.apply_chat_template(messages)
+
+
+def test_smollm2_by_name(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMIR_CACHE", str(smollm2_path.parent))
+    loaded = llmir.load("smollm2-135m", dtype="bfloat16")
+    assert loaded.name == "smollm2-135m" and loaded.config.num_layers == 30

@@ -152,30 +152,30 @@ CHARACTERS = st.characters(codec="utf-8", max_codepoint=0x2FFFF, exclude_charact
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> Tokenizer:
+def smollm2_tokenizer(smollm2_path: Path) -> Tokenizer:
     return read_tokenizer(GGUFFile(smollm2_path))
 
 
-def test_smollm2_reference(smollm2: Tokenizer, data_path: Path) -> None:
+def test_smollm2_reference(smollm2_tokenizer: Tokenizer, data_path: Path) -> None:
     cases = json.loads((data_path / "smollm2_greedy.json").read_text(encoding="utf-8"))["cases"]
-    assert len(cases) == 21 and smollm2.vocab_size == 49152 and smollm2.eos_ids == (2,)
+    assert len(cases) == 21 and smollm2_tokenizer.vocab_size == 49152 and smollm2_tokenizer.eos_ids == (2,)
     for case in cases:
-        assert smollm2.encode(case["prompt"]) == case["prompt_ids"]
-        assert smollm2.decode(case["output_ids"], skip_special_tokens=False) == case["text"]
+        assert smollm2_tokenizer.encode(case["prompt"]) == case["prompt_ids"]
+        assert smollm2_tokenizer.decode(case["output_ids"], skip_special_tokens=False) == case["text"]
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(CHARACTERS, max_size=60))
-def test_smollm2_round_trip(smollm2: Tokenizer, text: str) -> None:
+def test_smollm2_round_trip(smollm2_tokenizer: Tokenizer, text: str) -> None:
     """Six control characters and the planes that Unicode does not use yet have no bytes in its vocabulary."""
-    ids = smollm2.encode(text)
-    assert smollm2.decode(ids, skip_special_tokens=False) == text
-    assert "".join(smollm2.decode_stream(ids, skip_special_tokens=False)) == text
+    ids = smollm2_tokenizer.encode(text)
+    assert smollm2_tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert "".join(smollm2_tokenizer.decode_stream(ids, skip_special_tokens=False)) == text
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.integers(0, 49151), max_size=40), skip=st.booleans())
-def test_smollm2_streams_what_it_decodes(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
+def test_smollm2_streams_what_it_decodes(smollm2_tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     """Any ids, broken characters among them and at the end."""
-    pieces = list(smollm2.decode_stream(ids, skip_special_tokens=skip))
-    assert "".join(pieces) == smollm2.decode(ids, skip_special_tokens=skip) and "" not in pieces
+    pieces = list(smollm2_tokenizer.decode_stream(ids, skip_special_tokens=skip))
+    assert "".join(pieces) == smollm2_tokenizer.decode(ids, skip_special_tokens=skip) and "" not in pieces
