@@ -104,6 +104,11 @@ def _abstract_eval(*_: Any, executable: _Executable, original: Any) -> tuple[jax
     return executable.outputs
 
 
+def _impl(*args: Any, executable: _Executable, original: Any) -> Any:
+    with jax.disable_jit(False):  # there is no eager form: without jit this would call itself
+        return _eager_call(*args, executable=executable, original=original)
+
+
 def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, executable: _Executable, original: Any) -> Any:
     target = ctx.module_context
     module = ir.Module.parse(executable.bytecode, context=target.context)
@@ -127,7 +132,7 @@ def _batch(args: Any, dims: Any, *, executable: _Executable, original: Callable[
 
 
 _call.def_abstract_eval(_abstract_eval)  # type: ignore[no-untyped-call]
-_call.def_impl(_eager_call)  # type: ignore[no-untyped-call]
+_call.def_impl(_impl)  # type: ignore[no-untyped-call]
 mlir.register_lowering(_call, _lowering)
 ad.primitive_jvps[_call] = _jvp
 batching.primitive_batchers[_call] = _batch

@@ -505,6 +505,21 @@ def test_call_composes_with_jit_and_with_itself() -> None:
     np.testing.assert_allclose(outer(X, X.T), expected(X, X.T), rtol=1e-5)
 
 
+def test_call_with_jit_disabled() -> None:
+    module = lower_to_module(lambda x: jnp.sin(x), X)
+    with jax.disable_jit():
+        assert_same(call_module(module, X), [jnp.sin(X)])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_call_lowers_for_every_platform(platform: str) -> None:
+    module = lower_to_module(lambda x: jnp.where(x > 0, x, -jnp.inf), X)
+    staged = jax.jit(lambda x: call_module(module, call_module(module, x)[0])[0]).trace(X)
+    text = staged.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("call @llmir_main") == 2
+    assert text.count("func private @llmir_main") == 1
+
+
 def test_call_names_a_wrong_argument() -> None:
     module = lower_to_module(lambda x: x + 1, X)
     with pytest.raises(LlmirError, match="takes 1 arrays, got 2"):

@@ -118,6 +118,17 @@ def test_inside_nnx_jit_and_scan() -> None:
     assert_close(found, jax.lax.scan(expected, jnp.asarray(TOKENS), None, length=3))
 
 
+def test_with_jit_disabled() -> None:
+    with jax.disable_jit():
+        assert_close(llmir.jit(plain)(params(), TOKENS), plain(params(), TOKENS))
+
+
+def test_sharded_parameters() -> None:
+    mesh = jax.make_mesh((1,), ("model",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    assert_close(llmir.jit(plain)(jax.device_put(params(), sharding), TOKENS), plain(params(), TOKENS))
+
+
 def test_nested_in_another_compiled_forward() -> None:
     inner = llmir.jit(plain)
     outer = llmir.jit(lambda params, tokens: {"logits": inner(params, tokens), "next": inner(params, tokens + 1)})

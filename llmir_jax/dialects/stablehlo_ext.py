@@ -7,13 +7,15 @@ Specification: https://github.com/openxla/stablehlo/blob/main/docs/spec.md
 
 from abc import ABC
 from collections.abc import Sequence
+from typing import ClassVar
 
 from xdsl.dialects.builtin import AnyTensorType, DenseArrayBase, IntegerAttr, TensorType, i32, i64
 from xdsl.ir import Attribute, Dialect, SSAValue
 from xdsl.irdl import (
     AtLeast,
     IRDLOperation,
-    ParsePropInAttrDict,
+    VarConstraint,
+    base,
     eq,
     irdl_op_definition,
     operand_def,
@@ -86,8 +88,8 @@ class PadOp(IRDLOperation):
 
     Example:
     ```mlir
-    %result = stablehlo.pad %operand, %padding_value, low = array<i64: 0, 1>, high = array<i64: 2, 1>,
-        interior = array<i64: 1, 0> : (tensor<2x3xf32>, tensor<f32>) -> tensor<5x5xf32>
+    %result = stablehlo.pad %operand, %padding_value, low = [0, 1], high = [2, 1], interior = [1, 0]
+        : (tensor<2x3xf32>, tensor<f32>) -> tensor<5x5xf32>
     ```
     """
 
@@ -162,19 +164,21 @@ class ReverseOp(IRDLOperation):
 
     Example:
     ```mlir
-    %result = stablehlo.reverse %operand, dims = array<i64: 1> : (tensor<3x2xi32>) -> tensor<3x2xi32>
+    %result = stablehlo.reverse %operand, dims = [1] : tensor<3x2xi32>
     ```
     """
 
     name = "stablehlo.reverse"
 
-    operand = operand_def(AnyTensorType)
+    T: ClassVar = VarConstraint("T", base(TensorType))
+
+    operand = operand_def(T)
     dimensions = prop_def(DenseArrayBase.constr(i64))
-    result = result_def(AnyTensorType)
+    result = result_def(T)
 
     traits = traits_def(Pure())
 
-    assembly_format = "$operand `,` `dims` `=` $dimensions attr-dict `:` functional-type(operands, results)"
+    assembly_format = "$operand `,` `dims` `=` $dimensions attr-dict `:` type($result)"
 
     def __init__(self, operand: SSAValue, dimensions: Sequence[int]):
         super().__init__(
@@ -184,8 +188,6 @@ class ReverseOp(IRDLOperation):
         )
 
     def verify_(self) -> None:
-        if self.result.type != self.operand.type:
-            raise VerifyException(f"result type {self.result.type} must be the operand's type {self.operand.type}")
         rank, dims = len(_tensor(self.operand).get_shape()), self.dimensions.get_values()
         if len(set(dims)) != len(dims) or any(not 0 <= dim < rank for dim in dims):
             raise VerifyException(f"dimensions {list(dims)} must be unique and inside rank {rank}")
@@ -200,7 +202,7 @@ class TopKOp(IRDLOperation):
 
     Example:
     ```mlir
-    %values, %indices = chlo.top_k %operand {k = 8 : i64} : (tensor<16x16xf32>) -> (tensor<16x8xf32>, tensor<16x8xi32>)
+    %values, %indices = chlo.top_k(%operand, k = 8) : tensor<16x16xf32> -> (tensor<16x8xf32>, tensor<16x8xi32>)
     ```
     """
 
@@ -213,9 +215,9 @@ class TopKOp(IRDLOperation):
 
     traits = traits_def(Pure())
 
-    assembly_format = "$operand attr-dict `:` functional-type(operands, results)"
-
-    irdl_options = (ParsePropInAttrDict(),)
+    assembly_format = (
+        "`(` $operand `,` `k` `=` $k `)` attr-dict `:` type($operand) `->` `(` type($values) `,` type($indices) `)`"
+    )
 
     def __init__(self, operand: SSAValue, k: int):
         operand_type = _tensor(operand)
