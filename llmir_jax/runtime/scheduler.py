@@ -1,10 +1,10 @@
 """Which tokens of which requests the next step computes.
 
 First come, first served. Every step carries one token of each decoding request, and what room is left goes to chunks
-of prompts, in the order of arrival: one flat batch, padded to a bucket. A waiting request is
-let in when the cache has room for all of its tokens. When a running one finds no page, the youngest running request
-gives its pages back and waits; later its tokens are computed again, so preemption costs time and changes no token.
-The oldest request can always go on, hence so does the whole.
+of prompts, in the order of arrival: one flat batch, padded to a bucket. A waiting request is let in when the cache has
+room for all of its tokens. When a running one finds no page, the youngest running request gives its pages back and
+waits; later its tokens are computed again, so preemption costs time and changes no token. The oldest request can always
+go on, hence so does the whole.
 """
 
 import bisect

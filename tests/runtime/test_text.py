@@ -105,6 +105,9 @@ def test_stop_strings_cut_where_a_whole_search_finds_them(ids: list[int], stop: 
     shown, final, text = stream(ids, tuple(stop))
     for before, after in zip(shown, [*shown[1:], final], strict=False):
         assert after.startswith(before)
+    at_once = TextStream(decode, list(ids), start=0, stop=stop)
+    at_once.finish(len(ids))
+    assert (at_once.text, at_once.stop_string) == (final, text.stop_string)
     whole = decode(ids)
     if text.stop_string is None:
         assert final == whole
