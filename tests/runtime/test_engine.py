@@ -92,7 +92,7 @@ def test_requests_of_every_kind_in_one_batch(engine: Engine):
     assert tokens_of(engine, PROMPTS, kinds) == alone
 
 
-@pytest.mark.parametrize(("page_size", "num_pages"), [(1, (64, 20)), (16, (16, 16)), (64, (4, 4))])
+@pytest.mark.parametrize(("page_size", "num_pages"), [(16, (16, 16)), (64, (4, 4))])
 def test_page_sizes(shared_engine: Engine, page_size: int, num_pages: tuple[int, int]):
     engine = Engine(TinyDecoder(page_size=page_size, num_pages=num_pages, buckets=(16,)))
     for params in (SamplingParams(max_tokens=12), SAMPLED):
