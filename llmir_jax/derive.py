@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from xdsl.context import Context
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i32, i64
 from xdsl.ir import Operation, SSAValue
 from xdsl.transforms.common_subexpression_elimination import cse
@@ -27,6 +28,7 @@ from llmir_jax.transforms import signature
 from llmir_jax.transforms.inline_calls import inline_calls
 from llmir_jax.transforms.raise_attention import AttentionOptions, raise_attention
 from llmir_jax.transforms.rewrite_positions import gather_bound, rewrite_positions, table_bound
+from llmir_jax.transforms.simplify_inputs import SimplifyInputsPass
 from llmir_jax.transforms.specialize_tokens import LENGTH
 from llmir_jax.transforms.unroll_loops import unroll_loops
 
@@ -44,6 +46,7 @@ def prepare(module: ModuleOp) -> ModuleOp:
     inline_calls(module)
     unroll_loops(module)
     cse(module)
+    SimplifyInputsPass().apply(Context(), module)
     dce(module)
     return module
 
@@ -78,20 +81,33 @@ class _Traces:
                 continue
             try:
                 traced = self._trace_at(length)
-            except (TypeError, ValueError, IndexError) as problem:  # too long for a table of the model, say
+            except LlmirError:
+                raise
+            except Exception as problem:  # too long for a table of the model, say
                 error = error or problem
                 continue
             if _static_sizes_hold(traced, length):
                 continue
             return length, prepare(traced.module)
         if error is not None:
-            raise error
+            raise UnsupportedModelError(
+                f"the forward cannot be traced at any of {LENGTHS} tokens; at {LENGTHS[0]} it raises "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
         raise UnsupportedModelError(f"no length among {LENGTHS} is free of the model's own sizes: it cannot be analysed")
 
     def align_with(self, length: int) -> Alignment:
         """The untouched first trace aligned with one at `length`."""
         if length not in self.alignments:
-            other = prepare(self._trace_at(length).module)
+            try:
+                other = prepare(self._trace_at(length).module)
+            except LlmirError:
+                raise
+            except Exception as problem:
+                raise UnsupportedModelError(
+                    f"the forward can be traced at {self.length} tokens but not at {length}, where it raises "
+                    f"{type(problem).__name__}: {str(problem).splitlines()[0]}. Give max_seq_len if the model has a limit"
+                ) from problem
             self.alignments[length] = align(self.original, other, self.length, length)
         return self.alignments[length]
 
@@ -110,31 +126,39 @@ def _static_sizes_hold(traced: Traced, length: int) -> bool:
 class _Tables:
     """Values that depend on positions alone, evaluated at several lengths."""
 
-    def __init__(self, traces: _Traces, lengths: tuple[int, int], max_seq_len: int):
+    def __init__(self, traces: _Traces, other: int, longest: int):
         self._traces = traces
-        self._lengths = lengths
-        self.max_seq_len = max_seq_len
+        self._other = other
+        self._longest = longest
         self._content: dict[SSAValue, np.ndarray[Any, Any]] = {}
+        self._contents: dict[SSAValue, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
 
     def reason(self, value: SSAValue) -> str | None:
         """None if `value` is a table of the position, the same function at every length, else why not."""
-        original = self._traces.original_value(value)
         try:
-            here = self._at(original)
-            other, longest = (self._at(self._traces.align_with(n).values[original]) for n in self._lengths)
+            here, other, longest = self.contents(value)
         except UnsupportedModelError as error:
             return str(error)
         except LlmirError as error:
             return f"cannot be evaluated ({error})"
         if longest.nbytes > MAX_TABLE_BYTES:
-            return f"a table of it for {self.max_seq_len} positions takes {longest.nbytes >> 20} MiB; lower max_seq_len"
+            return f"a table of it for {self._longest} positions takes {longest.nbytes >> 20} MiB; lower max_seq_len"
         for content in (other, longest):
             if not _same_prefix(here, content):
                 return "it changes with the sequence length, so it is no function of the position"
-        if longest.shape[_token_dim(here, longest)] != self.max_seq_len:
+        if here.shape != longest.shape and longest.shape[_token_dim(here, longest)] != self._longest:
             return "it has no entry for every position"
         self._content[value] = longest
         return None
+
+    def contents(self, value: SSAValue) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """`value` at the traced length, at the other one, and at the longest."""
+        if value not in self._contents:
+            original = self._traces.original_value(value)
+            twins = [self._traces.align_with(n).values[original] for n in (self._other, self._longest)]
+            here, other, longest = (self._at(x) for x in (original, *twins))
+            self._contents[value] = (here, other, longest)
+        return self._contents[value]
 
     def content(self, value: SSAValue) -> np.ndarray[Any, Any]:
         """A table for every position below max_seq_len."""
@@ -181,9 +205,7 @@ def derive(
     """
     traces = _Traces(trace_at, (max_seqs, page_size, max_seq_len, -(-max_seq_len // page_size)), max_seq_len)
     module, length = traces.main_module, traces.length
-    other = next(n for n in (length + 2, length - 2) if n)
-    if length not in (LENGTHS[0], LENGTHS[1]):
-        other = length - 2
+    other = length - 2
     first = traces.align_with(other)
     notes: list[str] = []
     bound = table_bound(main_function(traces.original).body.block.ops, first)
@@ -193,7 +215,7 @@ def derive(
 
     main = main_function(module)
     twins = _transfer(first, traces)
-    tables = _Tables(traces, (other, max_seq_len), max_seq_len)
+    tables = _Tables(traces, other, max(max_seq_len, length))
     params = [arg for arg, _ in signature.parameter_paths(main)]
     tokens = signature.argument(main, "tokens")
     axis = analyse(list(main.body.block.ops), twins, params, tokens, tables.reason)
@@ -209,7 +231,9 @@ def derive(
     raise_attention(
         axis,
         list(main.body.block.ops),
-        AttentionOptions(positions=positions, max_seq_len=max_seq_len, parameter_values=values),
+        AttentionOptions(
+            positions=positions, max_seq_len=max_seq_len, parameter_values=values, contents=tables.contents
+        ),
     )
     dce(module)
     check_token_pointwise(axis, list(main.body.block.ops))

@@ -10,7 +10,7 @@ is checked on fresh random scores and positions, far ones included. ALiBi: Press
 Soft-cap: Gemma 2 (arXiv:2408.00118).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +35,20 @@ class ScoreFunction:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskForm:
-    """A causal mask, with a window in tokens if it slides, and ALiBi slopes per head if there are any."""
+    """A causal mask, with a window in tokens if it slides, and ALiBi slopes per head if there are any.
 
+    `score` is what happens to a score before that, what comes after the mask included.
+    """
+
+    score: ScoreFunction
     window: int | None
     slopes: tuple[float, ...] | None
 
 
-def expected_weights(form: MaskForm, score: ScoreFunction, scores: Array, positions: Array) -> Array:
+def expected_weights(form: MaskForm, scores: Array, positions: Array) -> Array:
     """The weights that `form` gives: float64 [heads, n, n]."""
     distance = positions[None, :].astype(np.int64) - positions[:, None]  # key - query
-    logits = score(scores)
+    logits = form.score(scores)
     if form.slopes is not None:
         logits = logits + np.asarray(form.slopes)[:, None, None] * distance
     visible = distance <= 0
@@ -65,6 +69,7 @@ def classify(
     length: int,
     max_seq_len: int,
     tolerance: float,
+    factors: Sequence[float] = (),
     seed: int = 0,
 ) -> MaskForm | str:
     """The form of the attention, or the reason it is none that can be derived.
@@ -73,6 +78,7 @@ def classify(
         weights: the map, evaluated for `length` tokens at a time.
         score: what the map does to the scores before the mask, read from the graph.
         max_seq_len: positions below it are probed.
+        factors: constants in the map, one of which may multiply the scores after the mask.
         tolerance: how far a weight may be from what the form gives, absolute, by dtype.
     """
     rng = np.random.default_rng(seed)
@@ -81,15 +87,16 @@ def classify(
     base = weights(zeros, near)
     if reason := _not_causal(base, near, tolerance):
         return reason
+    score = _rescaled(weights, base, zeros, near, score, factors)
     slopes = _slopes(weights, zeros, near, max_seq_len, length)
     window = _window(weights, base, zeros, slopes, length, max_seq_len)
-    form = MaskForm(window=window, slopes=slopes)
+    form = MaskForm(score=score, window=window, slopes=slopes)
     for positions in _probes(rng, length, max_seq_len, window):
         for spread in (0.5, 3.0):
             scores = (rng.standard_normal((heads, length, length)) * spread / max(abs(score.scale), 1e-6)).astype(
                 np.float32
             )
-            if reason := _mismatch(weights(scores, positions), form, score, scores, positions, tolerance):
+            if reason := _mismatch(weights(scores, positions), form, scores, positions, tolerance):
                 return reason
     return form
 
@@ -111,6 +118,33 @@ def _not_causal(weights: Array, positions: Array, tolerance: float) -> str | Non
         q = int(np.argwhere(diagonal <= tolerance**2)[0][1])
         return f"the query at position {positions[q]} does not attend to itself"
     return None
+
+
+def _rescaled(
+    weights: Weights, base: Array, zeros: Array, near: Array, score: ScoreFunction, factors: Sequence[float]
+) -> ScoreFunction:
+    """The score function with what multiplies the scores after the mask, measured and then taken from the graph."""
+    probe = zeros.copy()
+    probe[:, 1, 0] = 4.0 / score.scale if score.scale else 0.0
+    wanted = float(score(probe[0, 1, :1])[0])
+    got = weights(probe, near).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moved = np.log(got[:, 1, 0] / got[:, 1, 1]) - np.log(base[:, 1, 0] / base[:, 1, 1])
+    ratio = float(moved[0] / wanted) if wanted else 1.0
+    if not np.isfinite(moved).all() or not np.allclose(moved, moved[0], rtol=1e-3, atol=1e-6) or abs(ratio - 1) < 1e-2:
+        return score
+    exact = next((f for f in factors if abs(f / ratio - 1) < 1e-4), ratio)
+    cap = score.softcap
+    return ScoreFunction(scale=score.scale * exact, softcap=None if cap is None else cap * exact)
+
+
+def consistent(weights: Weights, form: MaskForm, *, heads: int, length: int, tolerance: float, seed: int) -> str | None:
+    """Whether a map has `form` at the positions 0, 1, …: None, or the reason it has not."""
+    rng = np.random.default_rng(seed)
+    positions = np.arange(length, dtype=np.int32)
+    spread = 2.0 / max(abs(form.score.scale), 1e-6)
+    scores = (rng.standard_normal((heads, length, length)) * spread).astype(np.float32)
+    return _mismatch(weights(scores, positions), form, scores, positions, tolerance)
 
 
 def _slopes(weights: Weights, zeros: Array, near: Array, max_seq_len: int, length: int) -> tuple[float, ...] | None:
@@ -187,9 +221,9 @@ def _probes(rng: np.random.Generator, length: int, max_seq_len: int, window: int
 
 
 def _mismatch(
-    got: Array, form: MaskForm, score: ScoreFunction, scores: Array, positions: Array, tolerance: float
+    got: Array, form: MaskForm, scores: Array, positions: Array, tolerance: float
 ) -> str | None:
-    expected = expected_weights(form, score, scores, positions)
+    expected = expected_weights(form, scores, positions)
     got = got.astype(np.float64)
     error = np.abs(got - expected)
     limit = tolerance * (1 + 10 * expected)

@@ -9,6 +9,7 @@ What is exempt: values that depend on positions alone may be computed in any way
 raised and taken out before anything is refused.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from xdsl.dialects.builtin import UnregisteredOp
 from xdsl.ir import Operation, SSAValue
 from xdsl_jax.dialects import stablehlo
 
-from llmir_jax.analysis.align import Alignment
+from llmir_jax.analysis.align import Alignment, location
 from llmir_jax.analysis.evaluate import external_operands
 from llmir_jax.analysis.reshape import Dims, TokenDim, reshape_dims
 from llmir_jax.dialects.build import ints, shape_of, splat_of
@@ -70,7 +71,9 @@ class _Rules:
 
     def sized(self, value: SSAValue) -> Dims:
         """Token dims by size alone, as the alignment saw them."""
-        multiples = self.axis.alignment.token_sized.get(value, ())
+        multiples = self.axis.alignment.token_sized.get(value)
+        if multiples is None:  # an odd size: no dim of it is the token axis
+            return (None,) * len(shape_of(value))
         return tuple(TokenDim(1, m) if m else None for m in multiples)
 
     def join(self, values: Sequence[SSAValue]) -> tuple[Dims, str | None]:
@@ -159,7 +162,8 @@ class _Rules:
     def window(
         self, op: Operation, starts: Sequence[int | None], strides: Sequence[int]
     ) -> tuple[list[Dims], str | None]:
-        """A window of operand 0: whole along token dims, or the first T rows of a table."""
+        """A window of operand 0: whole along token dims, or T rows of a table, from a fixed one on."""
+        fixed_start = "start_indices" not in self.axis.alignment.varying.get(op, ())
         source, target = op.operands[0], op.results[0]
         result = list(self.dims(source))
         sized = self.sized(target)
@@ -168,9 +172,9 @@ class _Rules:
             if result[d] is not None:
                 if m != n or starts[d] != 0:
                     reason = f"takes part of the token axis (dim {d})"
-            elif sized and sized[d] is not None:
-                if starts[d] != 0 or strides[d] != 1 or n != self.length:
-                    reason = f"takes a part of dim {d} that depends on the sequence length and does not start at 0"
+            elif sized[d] is not None:
+                if not fixed_start or starts[d] is None or strides[d] != 1 or n != self.length:
+                    reason = f"takes a part of dim {d} that is not a table's rows from a fixed one on"
                 result[d] = sized[d]
         return [tuple(result)], reason
 
@@ -242,22 +246,51 @@ class _Rules:
         return [tuple(result)], reason
 
     def scatter(self, op: stablehlo.ScatterOp) -> tuple[list[Dims], str | None]:
+        """Token dims must be batching dims, or whole in every update (window dims)."""
         numbers = op.scatter_dimension_numbers
-        source = self.join(list(op.inputs))[0]
-        indices = self.dims(op.scatter_indices)
         batch = ints(numbers.input_batching_dims)
         index_batch = ints(numbers.scatter_indices_batching_dims)
-        paired = all(indices[b] is not None for b in index_batch) if index_batch else False
-        tokens_in_batch = [d for d, dim in enumerate(source) if dim is not None]
+        inserted = ints(numbers.inserted_window_dims)
+        vector = numbers.index_vector_dim.value.data
+        windows = ints(numbers.update_window_dims)
+        indices, update = self.dims(op.scatter_indices), self.dims(op.updates[0])
         sized = self.sized(op.results[0])
-        tokens_in_batch = [d for d, dim in enumerate(sized) if dim is not None] or tokens_in_batch
-        reason = None
-        if any(d not in batch for d in tokens_in_batch) or (tokens_in_batch and not paired):
-            reason = "scatters along the token axis"
+        reason = self.join(list(op.inputs))[1]
+        kept = [d for d in range(len(sized)) if d not in batch + inserted]
+        index_dims = [d for d in range(len(indices)) if d != vector]
+        scatter_dims = [d for d in range(len(update)) if d not in windows]
+        for d, dim in enumerate(sized):
+            if dim is None:
+                continue
+            if d in batch:
+                b = index_batch[batch.index(d)]
+                u = scatter_dims[index_dims.index(b)]
+                if indices[b] is None or update[u] is None:
+                    reason = "scatters over token axes that do not run together"
+            elif d in kept and shape_of(op.updates[0])[windows[kept.index(d)]] == shape_of(op.results[0])[d]:
+                continue
+            else:
+                reason = f"scatters along the token axis (dim {d})"
+        batched = {index_dims.index(b) for b in index_batch}
+        loose = [d for i, d in enumerate(index_dims) if i not in batched and indices[d] is not None]
+        if loose:
+            reason = "scatters tokens into something that does not hold them one by one"
         return [sized] * len(op.results), reason
 
+    def convolution(self, op: Operation) -> tuple[list[Dims], str | None]:
+        """Tokens may be the batch of a convolution over something else."""
+        numbers = re.search(r"\[([^\]]*)\]x\[[^\]]*\]->\[([^\]]*)\]", str(_attr(op, "dimension_numbers")))
+        sized = [self.sized(op.results[0])]
+        if numbers is None or any(self.dims(op.operands[1])):
+            return sized, "convolves along the token axis"
+        source, target = ([x.strip() for x in part.split(",")].index("b") for part in numbers.groups())
+        dims = self.dims(op.operands[0])
+        if any(dim is not None for d, dim in enumerate(dims) if d != source) or _int(op, "batch_group_count") > 1:
+            return sized, "convolves along the token axis"
+        return [tuple(dims[source] if d == target else None for d in range(len(dims)))], None
+
     def reduce_window(self, op: Operation) -> tuple[list[Dims], str | None]:
-        window = ints(op.properties["window_dimensions"])
+        window = ints(_attr(op, "window_dimensions"))
         return self.along(op, [d for d, w in enumerate(window) if w != 1], "accumulates or pools")
 
     def unknown(self, op: Operation) -> tuple[list[Dims], str | None]:
@@ -319,6 +352,7 @@ def _rule(op: Operation, rules: _Rules) -> tuple[list[Dims], str | None]:
         "stablehlo.dynamic_slice": rules.dynamic_slice,
         "stablehlo.dynamic_update_slice": rules.dynamic_update_slice,
         "stablehlo.pad": rules.pad,
+        "stablehlo.convolution": rules.convolution,
         "stablehlo.gather": rules.gather,
         "stablehlo.scatter": rules.scatter,
         "stablehlo.reduce_window": rules.reduce_window,
@@ -406,8 +440,10 @@ def _analyse_op(
         positions = positions or not tokens
 
     inherited = next((i.opaque for i in inputs if i.opaque), None)
+    if reason is not None and not tokens:
+        reason = f"{name} at {location(op)} {reason}"
     if tokens:
-        problem = inherited or reason
+        problem = reason if inherited is None else f"uses a value of positions that cannot be served: {inherited}"
         if problem:
             axis.violations[op] = problem
         for r, dims in zip(op.results, all_dims, strict=True):
@@ -418,13 +454,13 @@ def _analyse_op(
     for r, dims in zip(op.results, all_dims, strict=True):
         why = opaque
         if opaque is not None and odd is None and _is_table_shape(rules.sized(r)):
-            not_a_table = (
-                f"{opaque}, and depends on parameters" if params else table_reason(r)
-            )
+            not_a_table = "it depends on parameters" if params else table_reason(r)
             dims = rules.sized(r)
-            why = None if not_a_table is None else f"{opaque}: {not_a_table}"
-            if why is None:
+            if not_a_table is None:
                 axis.tables.append(r)
+                why = None
+            elif inherited is None:
+                why = f"{opaque}, and {not_a_table}"
         axis.info[r] = ValueInfo(dims=dims, positions=positions, params=params, opaque=why)
 
 

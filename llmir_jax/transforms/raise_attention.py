@@ -11,7 +11,7 @@ rest, from there to the weights, is judged by evaluation (see `masks`). An atten
 was, with the reason, for the token-axis check to refuse.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,9 +21,9 @@ from xdsl.ir import Operation, OpResult, SSAValue
 from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import location
-from llmir_jax.analysis.evaluate import Subgraph, backward_slice, extract
+from llmir_jax.analysis.evaluate import Subgraph, backward_slice, external_operands, extract
 from llmir_jax.analysis.layout import AtomDims, Atoms
-from llmir_jax.analysis.masks import MaskForm, ScoreFunction, classify
+from llmir_jax.analysis.masks import MaskForm, ScoreFunction, classify, consistent
 from llmir_jax.analysis.reshape import TokenDim
 from llmir_jax.analysis.token_axis import TokenAxis, ValueInfo, is_elementwise
 from llmir_jax.dialects import llm
@@ -46,17 +46,22 @@ class AttentionOptions:
     max_seq_len: int
     parameter_values: Mapping[SSAValue, Any]
     """Arrays of the parameters, where a mask depends on one (a stored causal mask, say)."""
+    contents: Callable[[SSAValue], tuple[Any, Any, Any]]
+    """A value of positions that changes with the length: evaluated at the traced length, at the other one, and at the
+    longest. Between scores and weights such a value may still be harmless (a constant added to all scores of a query):
+    the map is judged with each content."""
 
 
 def raise_attention(axis: TokenAxis, ops: list[Operation], options: AttentionOptions) -> int:
     """Raise every attention among `ops` in place; returns how many. Reasons go to `axis.violations`."""
     cache: dict[Any, MaskForm | str] = {}
+    constants: dict[Any, float] = {}
     count = 0
     for op in ops:
         if not isinstance(op, stablehlo.DotGeneralOp) or op.parent is None or not _sums_over_tokens(op, axis):
             continue
         try:
-            _Raiser(axis, op, options, cache).run()
+            _Raiser(axis, op, options, cache, constants).run()
             count += 1
         except NotRaised as reason:
             axis.violations[op] = str(reason)
@@ -69,6 +74,18 @@ def _sums_over_tokens(op: stablehlo.DotGeneralOp, axis: TokenAxis) -> bool:
     return op in axis.violations and any(axis.info[op.lhs].dims[d] is not None for d in over)
 
 
+def _factors(part: Subgraph) -> list[float]:
+    """Numbers that something in the subgraph is multiplied by or divided by."""
+    found = []
+    for op in part.module.walk():
+        if isinstance(op, stablehlo.MultiplyOp | stablehlo.DivideOp):
+            for operand in op.operands:
+                constant = scalar_constant(operand)
+                if constant is not None and constant.dtype.kind == "f" and float(constant):
+                    found += [float(constant), 1.0 / float(constant)]
+    return found
+
+
 class _Raiser:
     def __init__(
         self,
@@ -76,8 +93,9 @@ class _Raiser:
         op: stablehlo.DotGeneralOp,
         options: AttentionOptions,
         cache: dict[Any, MaskForm | str],
+        constants: dict[Any, float],
     ):
-        self.axis, self.op, self.options, self.cache = axis, op, options, cache
+        self.axis, self.op, self.options, self.cache, self.constants = axis, op, options, cache, constants
         self.length = axis.alignment.length
         self.atoms = Atoms()
 
@@ -86,7 +104,7 @@ class _Raiser:
     def run(self) -> None:
         weights, values, weights_first = self._weights_and_values()
         scores = self._find_scores(weights)
-        self._check_closed(scores, weights)
+        self._check_closed(scores, weights, self._opaque_inputs(scores, [weights]))
         scale, softcap, _ = self._score_chain(scores, weights)
         scores_dims, q_atom_k_atom, score_parts = self._score_layout(scores)
         weights_dims = self._follow(scores, weights, scores_dims)
@@ -152,15 +170,28 @@ class _Raiser:
         assert isinstance(op, stablehlo.DotGeneralOp)
         return op
 
-    def _check_closed(self, scores: stablehlo.DotGeneralOp, weights: SSAValue) -> None:
-        """Between scores and weights, nothing else may depend on what the tokens are."""
-        ops, _ = backward_slice([weights], [scores.results[0]])
-        for op in ops:
-            info = self.axis.info.get(op.results[0])
-            if info is not None and info.opaque:
-                raise NotRaised(f"{op_name(op)} at {location(op)} {info.opaque}")
-            if op.operands and all(not self._tokens(x) for x in op.operands):
+    def _opaque_inputs(self, scores: stablehlo.DotGeneralOp, outputs: Sequence[SSAValue]) -> list[SSAValue]:
+        """Values between scores and weights that change with the length; each is judged at several lengths."""
+        found: dict[SSAValue, None] = {}
+        seen: set[SSAValue] = {scores.results[0]}
+        pending = list(outputs)
+        while pending:
+            value = pending.pop()
+            if value in seen or not isinstance(value, OpResult):
                 continue
+            seen.add(value)
+            info = self.axis.info.get(value)
+            if info is not None and info.opaque and not info.tokens:
+                if value in self.axis.alignment.odd or any(d is not None and not d.plain for d in info.dims):
+                    raise NotRaised(f"the mask uses a value of positions that cannot be served: {info.opaque}")
+                found[value] = None
+                continue
+            pending += external_operands(value.op)
+        return list(found)
+
+    def _check_closed(self, scores: stablehlo.DotGeneralOp, weights: SSAValue, opaque: Sequence[SSAValue]) -> None:
+        """Between scores and weights, nothing else may depend on what the tokens are."""
+        ops, _ = backward_slice([weights], [scores.results[0], *opaque])
         depends: set[SSAValue] = {scores.results[0]}
         for op in ops:
             if any(x in depends for x in op.operands):
@@ -200,7 +231,7 @@ class _Raiser:
             if name not in ("stablehlo.multiply", "stablehlo.divide"):
                 break
             other = op.operands[1 - uses[0].index]
-            constant = scalar_constant(other)
+            constant = self._uniform_constant(other)
             if constant is None or (name == "stablehlo.divide" and uses[0].index == 1):
                 break
             factor = float(constant) if name == "stablehlo.multiply" else 1.0 / float(constant)
@@ -212,6 +243,21 @@ class _Raiser:
         if not capped:
             return before, None, value
         return before * after, after, value
+
+    def _uniform_constant(self, value: SSAValue) -> float | None:
+        """The number that every element of `value` is, if that follows from constants alone."""
+        constant = scalar_constant(value)
+        if constant is not None:
+            return float(constant)
+        while isinstance(value.owner, stablehlo.BroadcastInDimOp | stablehlo.ReshapeOp | stablehlo.ConvertOp):
+            value = value.owner.operands[0]
+        info = self.axis.info.get(value)
+        if info is None or not info.uniform or info.params or prod(shape_of(value)) > 4096 or not shape_of(value) == ():
+            return None
+        part = extract([value], [])
+        if part.key not in self.constants:
+            self.constants[part.key] = float(part.run({})[0])
+        return self.constants[part.key]
 
     # Layouts
 
@@ -330,31 +376,68 @@ class _Raiser:
         normaliser_dims: AtomDims | None,
     ) -> MaskForm:
         outputs = [weights] if normaliser is None else [weights, normaliser]
-        part = extract(outputs, [scores.results[0], self.options.positions])
-        values = self._parameters(part)
+        opaque = self._opaque_inputs(scores, outputs)
+        part = extract(outputs, [scores.results[0], self.options.positions, *opaque])
+        values = self._parameters(part, 2 + len(opaque))
+        contents = [self.options.contents(x) for x in opaque]
         layout = (tuple(map(tuple, scores_dims)), tuple(map(tuple, weights_dims)), tuple(heads), score)
-        parameters = tuple(sorted((str(k), np.asarray(v).tobytes()) for k, v in values.items()))
-        key = (part.key, layout, parameters)
+        data = tuple(np.asarray(v).tobytes() for v in [*values.values(), *(c[2] for c in contents)])
+        key = (part.key, layout, data)
         if key not in self.cache:
-            run = self._weights_function(
-                part, values, scores, scores_dims, weights_dims, heads, queries, keys, normaliser_dims
-            )
-            self.cache[key] = classify(
-                run,
-                score,
-                heads=prod(self.atoms.shape(heads)),
-                length=self.length,
-                max_seq_len=self.options.max_seq_len,
-                tolerance=TOLERANCE[max(2, min(dtype_of(weights).itemsize, dtype_of(scores.results[0]).itemsize))],
-            )
+            maps = [
+                self._weights_function(
+                    part,
+                    values,
+                    dict(zip(opaque, [c[which] for c in contents], strict=True)),
+                    scores,
+                    scores_dims,
+                    weights_dims,
+                    heads,
+                    queries,
+                    keys,
+                    normaliser_dims,
+                )
+                for which in (2, 0, 1)
+            ]
+            self.cache[key] = self._judge(maps if opaque else maps[:1], part, score, heads, weights, scores)
         form = self.cache[key]
         if isinstance(form, str):
             raise NotRaised(form)
         return form
 
-    def _parameters(self, part: Subgraph) -> dict[SSAValue, Any]:
+    def _judge(
+        self,
+        maps: Sequence[Callable[[Any, Any], Any]],
+        part: Subgraph,
+        score: ScoreFunction,
+        heads: list[int],
+        weights: SSAValue,
+        scores: stablehlo.DotGeneralOp,
+    ) -> MaskForm | str:
+        num_heads = prod(self.atoms.shape(heads))
+        tolerance = TOLERANCE[max(2, min(dtype_of(weights).itemsize, dtype_of(scores.results[0]).itemsize))]
+        form = classify(
+            maps[0],
+            score,
+            heads=num_heads,
+            length=self.length,
+            max_seq_len=self.options.max_seq_len,
+            tolerance=tolerance,
+            factors=_factors(part),
+        )
+        for which, other in enumerate(maps[1:]):
+            if isinstance(form, str):
+                break
+            reason = consistent(
+                other, form, heads=num_heads, length=self.length - 2 * which, tolerance=tolerance, seed=which
+            )
+            if reason is not None:
+                return f"it changes with the sequence length: {reason}"
+        return form
+
+    def _parameters(self, part: Subgraph, first: int) -> dict[SSAValue, Any]:
         values = {}
-        for value in part.inputs[2:]:
+        for value in part.inputs[first:]:
             if value not in self.options.parameter_values:
                 raise NotRaised("the mask depends on a parameter whose value is not known here")
             values[value] = self.options.parameter_values[value]
@@ -364,6 +447,7 @@ class _Raiser:
         self,
         part: Subgraph,
         values: Mapping[SSAValue, Any],
+        tables: Mapping[SSAValue, Any],
         scores: stablehlo.DotGeneralOp,
         scores_dims: AtomDims,
         weights_dims: AtomDims,
@@ -379,11 +463,16 @@ class _Raiser:
         dtype = dtype_of(scores.results[0])
 
         def run(s: Any, positions: Any) -> Any:
+            count = len(positions)
+            if count < self.length:
+                s = np.pad(s, [(0, 0), *[(0, self.length - count)] * 2])
+                positions = np.arange(self.length, dtype=np.int32)
             arranged = np.transpose(np.reshape(s, sizes), [order.index(a) for a in flat_in])
             inputs = {
                 scores.results[0]: arranged.reshape(shape_of(scores.results[0])).astype(dtype),
                 self.options.positions: positions,
                 **values,
+                **{x: self._rows(x, table, positions) for x, table in tables.items()},
             }
             out = part.run(inputs)
             got = out[0].astype(np.float64).reshape(self.atoms.shape(flat_out))
@@ -397,9 +486,17 @@ class _Raiser:
                 divisor = np.transpose(divisor, [kept.index(a) for a in order if a in kept])
                 shape = [self.atoms.sizes[a] if a in kept else 1 for a in order]
                 got = got / divisor.reshape(shape)
-            return got.reshape(-1, self.length, self.length)
+            got = got.reshape(-1, self.length, self.length)[:, :count, :count]
+            # a content for fewer tokens: the rest of the keys take no part
+            return got if count == self.length else got / np.maximum(got.sum(-1, keepdims=True), 1e-300)
 
         return run
+
+    def _rows(self, value: SSAValue, table: Any, positions: Any) -> Any:
+        """Entries of a value that changes with the length, at `positions` along each of its token dims."""
+        for dim in self.axis.info[value].token_dims:
+            table = np.take(table, np.minimum(positions, table.shape[dim] - 1), axis=dim)
+        return table
 
     # Emitting
 
@@ -476,6 +573,11 @@ class _Raiser:
         kv_heads += [a for a in v_flat if a in all_heads and a not in kv_heads]
         groups = [a for a in all_heads if a not in kv_heads]
         heads = [*kv_heads, *groups]
+        score_atoms = self._flat(self.atoms.refine(self._scores_dims(scores, score_parts)))
+        if sorted([*heads, queries, keys]) != sorted(score_atoms):
+            raise NotRaised("the scores have axes that the weights have not")
+        if prod(self.atoms.shape(score_atoms)) != prod(shape_of(scores.results[0])):
+            raise NotRaised("queries and keys are not the tokens alone (padded or extra keys)")
         score = ScoreFunction(scale=scale, softcap=softcap)
         form = self._classify(
             scores,
@@ -509,10 +611,10 @@ class _Raiser:
                 k,
                 v,
                 result_type=tensor((self.length, num_heads, value_dim), element),
-                scale=scale,
+                scale=form.score.scale,
                 causal=True,
                 window=form.window,
-                softcap=softcap,
+                softcap=form.score.softcap,
                 slopes=slopes,
             )
         )

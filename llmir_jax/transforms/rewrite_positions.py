@@ -18,8 +18,9 @@ from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import Alignment, location
 from llmir_jax.analysis.token_axis import TokenAxis, ValueInfo
-from llmir_jax.dialects.build import OpBuilder, dense_i64, ints, shape_of, type_of
+from llmir_jax.dialects.build import OpBuilder, dense_i64, dtype_of, ints, shape_of, type_of
 from llmir_jax.interop import op_name
+from llmir_jax.transforms.unroll_loops import constant_of
 
 
 def table_bound(ops: Iterable[Operation], alignment: Alignment) -> tuple[int, str] | None:
@@ -32,8 +33,16 @@ def table_bound(ops: Iterable[Operation], alignment: Alignment) -> tuple[int, st
         source = alignment.token_sized.get(op.operands[0], ())
         for d, (a, b) in enumerate(zip(source, sized, strict=False)):
             if not a and b:
-                bounds.append((shape_of(op.operands[0])[d], location(op)))
+                bounds.append((shape_of(op.operands[0])[d] - _start(op, d), location(op)))
     return min(bounds, default=None)
+
+
+def _start(op: Operation, dim: int) -> int:
+    """The first row that a table slice takes."""
+    if isinstance(op, stablehlo.SliceOp):
+        return ints(op.start_indices)[dim]
+    start = constant_of(op.operands[1 + dim])
+    return 0 if start is None else int(start)
 
 
 def gather_bound(axis: TokenAxis) -> tuple[int, str] | None:
@@ -93,6 +102,12 @@ def _gather_table(
     return value
 
 
+def _shifted(build: OpBuilder, positions: SSAValue, start: int) -> SSAValue:
+    if not start:
+        return positions
+    return build.op(stablehlo.AddOp, [positions, build.splat(start, type_of(positions))], positions.type)
+
+
 def _table_slice(op: Operation, info: ValueInfo, source: ValueInfo, positions: SSAValue) -> SSAValue:
     build = OpBuilder(op)
     value = op.operands[0]
@@ -100,7 +115,7 @@ def _table_slice(op: Operation, info: ValueInfo, source: ValueInfo, positions: S
     new_dims = [d for d in info.token_dims if source.dims[d] is None]
     for dim in range(len(shape_of(result))):
         if dim in new_dims:
-            value = build.take(value, positions, dim)
+            value = build.take(value, _shifted(build, positions, _start(op, dim)), dim)
     if shape_of(value) == shape_of(result):
         return value
     # the slice also took part of other dims
@@ -120,4 +135,7 @@ def _table_slice(op: Operation, info: ValueInfo, source: ValueInfo, positions: S
             limit_indices=dense_i64(limit),
             strides=dense_i64(strides),
         )
-    return build.op(stablehlo.DynamicSliceOp, [value, *op.operands[1:]], result.type, **dict(op.properties))
+    starts = [
+        build.constant(np.zeros((), dtype_of(x))) if d in new_dims else x for d, x in enumerate(op.operands[1:])
+    ]
+    return build.op(stablehlo.DynamicSliceOp, [value, *starts], result.type, **dict(op.properties))
