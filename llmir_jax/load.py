@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 JIT_OPTIONS = ("quantize", "mesh", "target")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Loaded:
     """A model that was loaded. `tokenizer` and `chat_template` are None where the checkpoint has none."""
 
@@ -35,6 +35,10 @@ class Loaded:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
 
+    def __repr__(self) -> str:
+        num_params = sum(x.size for x in jax.tree.leaves(nnx.state(self.model)))
+        return f"Loaded({self.name!r}: {type(self.model).__name__} of {num_params:,} parameters)"
+
     @staticmethod
     def forward(model: Any, tokens: jax.Array) -> jax.Array:
         """tokens int32[B, T] → logits [B, T, vocab_size]: the plain forward, what `llmir.jit` takes."""
@@ -42,10 +46,16 @@ class Loaded:
         return logits
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The conversation as a prompt, see `ChatTemplate.render`. Encode it with `add_special_tokens=False`."""
+        """The conversation as the text of a prompt, see `ChatTemplate.render`; `encode_chat` gives its token ids."""
         if self.chat_template is None:
             raise RequestError(f"{self.name} has no chat template: prompt it with plain text")
         return self.chat_template.render(messages, **variables)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of the conversation as a prompt. The template has written all special tokens: none is added."""
+        if self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer: prompt it with token ids")
+        return self.tokenizer.encode(self.apply_chat_template(messages, **variables), add_special_tokens=False)
 
     def decoder(self, **options: Any) -> Any:
         """`llmir.jit(forward, …).decoder(model, …)`: quantize, mesh and target go to `jit`, the rest to `decoder`.

@@ -1,7 +1,7 @@
 """Text to token ids and back, by the `tokenizers` package, with what generation needs to know of the special tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class Tokenizer:
     `eos_ids`: generation stops at any of these. `bos_token`, `eos_token`: their text, which chat templates may ask for.
     """
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
     eos_ids: tuple[int, ...] = ()
     bos_token: str | None = None
     eos_token: str | None = None

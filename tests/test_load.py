@@ -56,6 +56,8 @@ def test_without_a_chat_template(data_path: Path) -> None:
     loaded = llmir.load(data_path / "checkpoints" / "gpt2")
     with pytest.raises(RequestError, match=r"no chat template"):
         loaded.apply_chat_template([{"role": "user", "content": "Hello"}])
+    with pytest.raises(RequestError, match=r"no tokenizer"):
+        loaded.encode_chat([{"role": "user", "content": "Hello"}])
 
 
 def test_smollm2_as_a_huggingface_directory(smollm2: llmir.Loaded, smollm2_hf_path: Path) -> None:
@@ -70,6 +72,8 @@ def test_smollm2_as_a_huggingface_directory(smollm2: llmir.Loaded, smollm2_hf_pa
     assert directory.tokenizer.eos_ids == loaded.tokenizer.eos_ids == (2,)
     messages = [{"role": "user", "content": "Hi"}]
     assert directory.apply_chat_template(messages) == loaded.apply_chat_template(messages)
+    assert directory.encode_chat(messages) == loaded.tokenizer.encode(loaded.apply_chat_template(messages))
+    assert "134,515,008 parameters" in repr(loaded)
 
 
 def test_smollm2_by_name(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

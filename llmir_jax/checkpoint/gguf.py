@@ -42,6 +42,11 @@ def load_gguf(file: GGUFFile, *, dtype: DTypeLike, param_dtype: DTypeLike) -> tu
 
 def read_config(file: GGUFFile) -> ModelConfig:
     """The config that the metadata and the tensors' shapes give, with the errors of `load_gguf`."""
+    num_parts = file.metadata.get("split.count", 1)
+    if num_parts != 1:
+        raise CheckpointError(
+            f"{file.path}: one of {num_parts} parts of a model; merge them with llama.cpp's `llama-gguf-split --merge`"
+        )
     arch = file.metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise CheckpointError(
@@ -64,7 +69,8 @@ def _llama_config(file: GGUFFile, keys: "_Keys", arch: str) -> LlamaConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.expect(key, head_dim)
     keys.expect("attention.scale", head_dim**-0.5)
-    window = keys.integer("attention.sliding_window", 0) or None
+    # Only Mistral's window is the same in every layer; for the others the key is left unread, and so refused.
+    window = (keys.integer("attention.sliding_window", 0) or None) if arch == "llama" else None
     return LlamaConfig(
         vocab_size=_vocab_size(file),
         hidden_size=hidden_size,

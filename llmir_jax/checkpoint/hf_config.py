@@ -114,7 +114,7 @@ def _windows(config: "_Fields", num_layers: int) -> tuple[int | None, ...]:
         return (None,) * num_layers
     if not config.flag("use_sliding_window"):
         return (None,) * num_layers
-    first = config.size("max_window_layers", 28)
+    first = config.size("max_window_layers", 0) if "max_window_layers" in config.fields else 28
     kinds = config.fields.get("layer_types") or [
         "full_attention" if i < first else "sliding_attention" for i in range(num_layers)
     ]

@@ -34,6 +34,8 @@ def load_huggingface(
     Raises CheckpointError for files that are missing or damaged, an unknown architecture, a config our models do not
     have, and for tensors that are missing, left over or of the wrong shape.
     """
+    if not (folder / "config.json").exists() and (found := sorted(folder.glob("*.gguf"))):
+        raise CheckpointError(f"{folder}: no config.json, but {found[0].name}: load {found[0]}")
     config = read_hf_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     reader = SafetensorsReader(folder)
     sources = huggingface_sources(config, reader.shapes)

@@ -139,6 +139,7 @@ def test_unsupported_types_are_named(tmp_path: Path) -> None:
     ("metadata", "expected"),
     [
         ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported"),
+        ({"split.count": 3}, "one of 3 parts"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),

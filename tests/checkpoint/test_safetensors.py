@@ -199,6 +199,8 @@ def test_missing_files(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
     assert "config.json: no such file" in refusal(folder)
     (tmp_path / "empty").mkdir()
     assert "no such file" in refusal(tmp_path / "empty")
+    (tmp_path / "empty" / "x.gguf").write_text("")
+    assert f"load {tmp_path / 'empty' / 'x.gguf'}" in refusal(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff", '{"weight_map": {}}', '{"weight_map": {"a": "../x"}}'])
