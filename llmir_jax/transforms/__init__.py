@@ -13,6 +13,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
     "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
     "remove-dead-arguments": ("remove_dead_arguments", "RemoveDeadArgumentsPass"),
+    "simplify-inputs": ("simplify_inputs", "SimplifyInputsPass"),
     "sink-logits-rows": ("sink_logits_rows", "SinkLogitsRowsPass"),
     "specialize-tokens": ("specialize_tokens", "SpecializeTokensPass"),
     "unroll-loops": ("unroll_loops", "UnrollLoopsPass"),

@@ -53,7 +53,10 @@ def _part_types(types: Sequence[Attribute]) -> list[Attribute]:
 def _shape_struct(op: Operation, type_: Attribute) -> jax.ShapeDtypeStruct:
     if not isinstance(type_, TensorType) or not type_.has_static_shape():
         raise InvalidIRError(f"{_where(op)}: expected operands of static shape to lower it, got {type_}")
-    return jax.ShapeDtypeStruct(type_.get_shape(), element_dtype(type_.element_type))  # type: ignore[no-untyped-call]
+    dtype = element_dtype(type_.element_type)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise InvalidIRError(f"{_where(op)}: expected types of at most 32 bits, got {type_}; jax_enable_x64 allows it")
+    return jax.ShapeDtypeStruct(type_.get_shape(), dtype)  # type: ignore[no-untyped-call]
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------
@@ -221,8 +224,8 @@ class _Lowering:
             got = function.function_type.outputs.data
             if tuple(got) != tuple(result_types):
                 raise InvalidIRError(
-                    f"{_where(op)}: its decomposition gives {', '.join(map(str, got))}, not "
-                    f"{', '.join(map(str, result_types))}; 64-bit types need jax_enable_x64"
+                    f"{_where(op)}: expected results {', '.join(map(str, result_types))}, its decomposition gives "
+                    f"{', '.join(map(str, got))}"
                 )
             return function
 

@@ -15,7 +15,7 @@ func.func @f(%x: tensor<?x32xf32>, %w: tensor<32xf32>) {
 }
 
 // -----
-// CHECK: llm.rms_norm: its decomposition gives tensor<7x32xf32>, not tensor<7x32xf64>; 64-bit types need jax_enable_x64
+// CHECK: llm.rms_norm: expected types of at most 32 bits, got tensor<7x32xf64>; jax_enable_x64 allows it
 func.func @f(%x: tensor<7x32xf64>, %w: tensor<32xf64>) {
   %0 = llm.rms_norm %x, %w {epsilon = 1.0e-5 : f32} : (tensor<7x32xf64>, tensor<32xf64>) -> tensor<7x32xf64>
   func.return
