@@ -10,6 +10,7 @@ A module of the zoo holds builder functions decorated with one of
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ def entries(modules: tuple[ModuleType, ...], kind: type) -> tuple[Any, ...]:
 
 
 def marked_lines(entry: Refused) -> tuple[str, set[int]]:
-    """The file name of a refused model ("zoo/masks.py") and the lines of it marked as the ones at fault."""
+    """The file name of a refused model ("masks.py") and the lines of it marked as the ones at fault."""
     lines, first = inspect.getsourcelines(entry.build)
-    file_name = "zoo/" + inspect.getsourcefile(entry.build).rsplit("/", 1)[-1]
+    file_name = Path(inspect.getsourcefile(entry.build)).name
     return file_name, {first + i for i, line in enumerate(lines) if "# refused" in line}
