@@ -16,7 +16,16 @@ from xdsl.dialects.builtin import ModuleOp
 
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_module
-from llmir_jax.trace import ModelTree, Traced, check_values, flatten_model, is_array_like, shape_of, trace_flat
+from llmir_jax.trace import (
+    ModelTree,
+    Traced,
+    check_values,
+    flatten_model,
+    is_array_like,
+    is_value,
+    shape_of,
+    trace_flat,
+)
 
 TARGETS = ("cpu", "gpu", "tpu", "reference")
 STAGES = ("stablehlo", "llm", "target")
@@ -84,18 +93,25 @@ class Jitted:
         self._signature = _signature(fn, self._name)
         self._target = target
 
-        def call(params: list[jax.Array], tokens: jax.Array, tree: ModelTree) -> Any:
+        def call_flat(params: list[jax.Array], tokens: jax.Array, tree: ModelTree) -> Any:
             traced, module = self._compile(list(map(shape_of, params)), tree, shape_of(tokens))
             return _call(traced, module, params, tokens)
 
-        self._call = jax.jit(_named(call, self._name), static_argnames="tree")
+        def call(model: Any, tokens: jax.Array) -> Any:
+            params, tree = flatten_model(model)
+            return call_flat(params, tokens, tree)
+
+        self._call = jax.jit(_named(call, self._name))
+        self._call_flat = jax.jit(_named(call_flat, self._name), static_argnames="tree")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns for (model, tokens)."""
         model, tokens = self._bind(args, kwargs)
-        arrays, tree = flatten_model(model)
+        if all(map(is_value, jax.tree.leaves(model))):
+            return self._call(model, tokens)  # its structure is taken apart at tracing only: nnx takes long at it
+        arrays, tree = flatten_model(model)  # an nnx module that is no pytree; or refused
         check_values(arrays, tree)
-        return self._call(arrays, tokens, tree=tree)
+        return self._call_flat(arrays, tokens, tree=tree)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method: the instance is the model."""
@@ -137,9 +153,7 @@ class Jitted:
     def _compile(
         self, params: list[jax.ShapeDtypeStruct], tree: ModelTree, tokens: jax.ShapeDtypeStruct
     ) -> tuple[Traced, ModuleOp]:
-        from llmir_jax.pipeline import (
-            compile_forward,  # here, since the pipeline traces references through this package
-        )
+        from llmir_jax.pipeline import compile_forward  # here, since the pipeline is not needed to decorate
 
         traced = trace_flat(self._fn, params, tree, tokens)
         return traced, compile_forward(traced.module.clone())

@@ -146,7 +146,7 @@ def flatten_params(model: Any) -> list[jax.Array]:
 def check_values(leaves: Sequence[Any], tree: ModelTree) -> None:
     """Raises LlmirError for a model that has shapes in place of arrays."""
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if not is_value(leaf):
             path = tree.paths[i]
             raise LlmirError(f"the model's parameter '{path}' is a shape without values: load or initialise it")
 
@@ -307,6 +307,11 @@ def _is_box(node: Any) -> bool:
 
 def _is_nnx_module(node: Any) -> bool:
     return isinstance(node, nnx.Module)
+
+
+def is_value(leaf: Any) -> bool:
+    """Whether JAX takes it as an array."""
+    return is_array_like(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def is_array_like(leaf: Any) -> bool:

@@ -47,6 +47,14 @@ def params() -> dict[str, jax.Array]:
     return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
+class NoPytree(nnx.Module, pytree=False):
+    def __init__(self, rngs: nnx.Rngs):
+        self.inner = model()
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.inner(tokens)
+
+
 CASES = {"nnx": (call, model), "plain": (plain, params)}
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -64,6 +72,12 @@ def test_same_result_as_jax_jit(case: str) -> None:
         found, expected = forward(make(), tokens), jax.jit(fn)(make(), tokens)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
+
+
+def test_nnx_module_that_is_no_pytree() -> None:
+    forward, made = llmir.jit(call), NoPytree(nnx.Rngs(0))
+    np.testing.assert_array_equal(forward(made, TOKENS), nnx.jit(call)(made, TOKENS))
+    np.testing.assert_array_equal(forward.lower(made, TOKENS).compile()(made, TOKENS), forward(made, TOKENS))
 
 
 def test_traces_once_for_equal_shapes_and_structures() -> None:
