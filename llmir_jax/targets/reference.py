@@ -366,7 +366,7 @@ def _present(op: Operation, *names: str) -> Sequence[str]:
     return [name for name in names if getattr(op, name) is not None]
 
 
-_DECOMPOSITIONS: dict[type[Operation], Callable[[Any], Reference]] = {
+DECOMPOSITIONS: dict[type[Operation], Callable[[Any], Reference]] = {
     llm.AttendPagesOp: _attend_pages,
     llm.AttentionOp: _attention,
     llm.DequantizeOp: _dequantize,
@@ -381,11 +381,7 @@ _DECOMPOSITIONS: dict[type[Operation], Callable[[Any], Reference]] = {
     llm.ShardedLinearOp: _sharded_linear,
     llm.WritePagesOp: _write_pages,
 }
-
-
-def has_decomposition(op: Operation) -> bool:
-    """Whether `decomposition` has a function for the op."""
-    return type(op) in _DECOMPOSITIONS
+"""From an op to its function, by type."""
 
 
 def decomposition(op: Operation) -> Reference:
@@ -397,7 +393,7 @@ def decomposition(op: Operation) -> Reference:
     Raises:
         InvalidIRError: the op computes nothing that is a function of its operands on one device.
     """
-    found = _DECOMPOSITIONS.get(type(op))
+    found = DECOMPOSITIONS.get(type(op))
     if found is None:
         raise InvalidIRError(f"{op.name} has no reference decomposition")
     return found(op)

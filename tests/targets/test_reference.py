@@ -12,7 +12,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.parser import IRParser
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import call_module, make_context
-from llmir_jax.targets.reference import decomposition
+from llmir_jax.targets.reference import DECOMPOSITIONS, decomposition
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 
 Array = np.ndarray[Any, Any]
@@ -475,3 +475,11 @@ def test_ops_without_a_function_say_so() -> None:
     (gather,) = (op for op in module.walk() if isinstance(op, llm.AllGatherOp))
     with pytest.raises(InvalidIRError, match=r"llm\.all_gather has no reference decomposition"):
         decomposition(gather)
+
+
+def test_every_op_of_the_dialect_is_lowered() -> None:
+    """By a function of its operands, or by the passes that the tests of lower-to-reference and the KV cache run."""
+    collectives = {llm.AllGatherOp, llm.AllReduceOp, llm.ReduceScatterOp, llm.DistributedAttentionOp}
+    stages = {llm.PipelineStageOp, llm.PipelineSendOp, llm.PipelineRecvOp, llm.CostAnnotationOp}
+    cache = {llm.AppendKVOp, llm.LookupKVOp, llm.PagedAttentionOp}
+    assert {*DECOMPOSITIONS, *collectives, *stages, *cache} == set(llm.LLM.operations)
