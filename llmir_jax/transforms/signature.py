@@ -6,6 +6,8 @@ from xdsl.dialects.builtin import ArrayAttr, DictionaryAttr, IntegerAttr, String
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, BlockArgument, SSAValue
 
+from llmir_jax.errors import InvalidIRError
+
 ROLE = "llmir.role"
 PATH = "llmir.path"
 GROUP = "llmir.group"
@@ -30,9 +32,11 @@ def arguments(function: FuncOp, role: str) -> list[BlockArgument]:
 
 
 def argument(function: FuncOp, role: str) -> BlockArgument:
-    """The one argument of a role."""
-    (found,) = arguments(function, role)
-    return found
+    """The one argument of a role; InvalidIRError if there is none, or several."""
+    found = arguments(function, role)
+    if len(found) != 1:
+        raise InvalidIRError(f'@main: expected one argument of {ROLE} = "{role}", got {len(found)}')
+    return found[0]
 
 
 def parameter_paths(function: FuncOp) -> list[tuple[BlockArgument, str]]:

@@ -69,7 +69,7 @@ def _ids_around(bound: int, vocab_size: int) -> set[int]:
 def fold_token_comparisons(module: ModuleOp) -> int:
     """Fold comparisons of token ids that have one outcome. The logits' last dim is the vocabulary."""
     main = main_function(module)
-    (tokens,) = signature.arguments(main, "tokens")
+    tokens = signature.argument(main, "tokens")
     shape = shape_of(signature.results(main)[0]) if signature.results(main) else ()
     if len(shape) != 3:
         return 0
