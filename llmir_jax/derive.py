@@ -67,16 +67,16 @@ class Derived:
 class _Traces:
     """The forward at several lengths, prepared; the first is the one that is rewritten."""
 
-    def __init__(self, trace_at: TraceAt, forbidden: Sequence[int], max_seq_len: int):
+    def __init__(self, trace_at: TraceAt, forbidden: Sequence[int], lengths: Sequence[int]):
         self._trace_at = trace_at
-        self.length, self.main_module = self._first(forbidden, max_seq_len)
+        self.length, self.main_module = self._first(forbidden, lengths)
         self.alignments: dict[int, Alignment] = {}
         self.original = self.main_module.clone()
         self._pairs = dict(zip(self.main_module.walk(), self.original.walk(), strict=True))
 
-    def _first(self, forbidden: Sequence[int], max_seq_len: int) -> tuple[int, ModuleOp]:
+    def _first(self, forbidden: Sequence[int], lengths: Sequence[int]) -> tuple[int, ModuleOp]:
         error: Exception | None = None
-        for length in LENGTHS:
+        for length in lengths:
             if any(n and n % length == 0 for n in forbidden):
                 continue
             try:
@@ -116,6 +116,15 @@ class _Traces:
         op = value.owner
         assert isinstance(op, Operation)
         return self._pairs[op].results[list(op.results).index(value)]  # type: ignore[arg-type]
+
+
+def _has_fixed_multiple(alignment: Alignment) -> bool:
+    """Whether some size that does not follow the number of tokens is a multiple of it."""
+    for value, multiples in alignment.token_sized.items():
+        for n, multiple in zip(shape_of(value), multiples, strict=True):
+            if n and not multiple and n % alignment.length == 0:
+                return True
+    return False
 
 
 def _static_sizes_hold(traced: Traced, length: int) -> bool:
@@ -160,6 +169,13 @@ class _Tables:
             self._contents[value] = (here, other, longest)
         return self._contents[value]
 
+    def longest_content(self, value: SSAValue) -> np.ndarray[Any, Any] | None:
+        """`value` at the longest length, or None if it depends on parameters."""
+        try:
+            return self.contents(value)[2]
+        except UnsupportedModelError:
+            return None
+
     def content(self, value: SSAValue) -> np.ndarray[Any, Any]:
         """A table for every position below max_seq_len."""
         return self._content[value]
@@ -193,20 +209,31 @@ def derive(
     max_seqs: int,
     max_seq_len: int,
     page_size: int,
+    lengths: Sequence[int] = LENGTHS,
 ) -> Derived:
     """Derive the step.
 
     Args:
         trace_at: traces the forward at a number of tokens.
         parameter_values: arrays of the parameters in order, read only where a mask depends on one.
+        lengths: to trace at, the first that fits.
 
     Raises:
         UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
     """
-    traces = _Traces(trace_at, (max_seqs, page_size, max_seq_len, -(-max_seq_len // page_size)), max_seq_len)
+    traces = _Traces(trace_at, (max_seqs, page_size, max_seq_len, -(-max_seq_len // page_size)), lengths)
     module, length = traces.main_module, traces.length
     other = length - 2
     first = traces.align_with(other)
+    if _has_fixed_multiple(first):
+        return derive(
+            trace_at,
+            parameter_values,
+            max_seqs=max_seqs,
+            max_seq_len=max_seq_len,
+            page_size=page_size,
+            lengths=tuple(n for n in lengths if n != length),
+        )
     notes: list[str] = []
     bound = table_bound(main_function(traces.original).body.block.ops, first)
     if bound is not None and bound[0] < max_seq_len:
@@ -215,13 +242,15 @@ def derive(
 
     main = main_function(module)
     twins = _transfer(first, traces)
-    tables = _Tables(traces, other, max(max_seq_len, length))
+    tables = _Tables(traces, other, max_seq_len if max_seq_len > length else length + 1)
     params = [arg for arg, _ in signature.parameter_paths(main)]
     tokens = signature.argument(main, "tokens")
     axis = analyse(list(main.body.block.ops), twins, params, tokens, tables.reason)
-    bound = gather_bound(axis)
+    bound = gather_bound(axis, tables.longest_content)
     if bound is not None and bound[0] < max_seq_len:
-        again = derive(trace_at, parameter_values, max_seqs=max_seqs, max_seq_len=bound[0], page_size=page_size)
+        again = derive(
+            trace_at, parameter_values, max_seqs=max_seqs, max_seq_len=bound[0], page_size=page_size, lengths=lengths
+        )
         again.notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
         return again
     positions = signature.add_argument(main, "positions", tensor((length,), i32))
@@ -287,12 +316,16 @@ def _transfer(alignment: Alignment, traces: _Traces) -> Alignment:
     )
 
 
+def _works_on_scores(op: Operation, axis: TokenAxis) -> bool:
+    return any(len(axis.info[x].token_dims) > 1 and axis.info[x].tokens for x in op.operands if x in axis.info)
+
+
 def check_token_pointwise(axis: TokenAxis, ops: Sequence[Operation]) -> None:
     """Refuse what still mixes tokens, naming the operation, its source line and the reason."""
-    attention_first = sorted(
-        (op for op in ops if op in axis.violations), key=lambda op: op_name(op) != "stablehlo.dot_general"
-    )
-    for op in attention_first:
+    violating = [op for op in ops if op in axis.violations]
+    # the softmax of an attention that was not raised reduces over keys: its product with the values has the reason
+    roots = [op for op in violating if op_name(op) == "stablehlo.dot_general" or not _works_on_scores(op, axis)]
+    for op in roots or violating:
         raise UnsupportedModelError(
             f"{op_name(op)} at {location(op)}: {axis.violations[op]}. Outside of causal attention every operation must "
             "treat each token on its own"

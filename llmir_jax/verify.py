@@ -54,6 +54,7 @@ class CachedLogits:
     ):
         self._run = run
         self._max_seqs = max_seqs
+        self.capacity = max_seq_len
         rng = np.random.default_rng(seed)
         self._tables = []
         for group in groups:
@@ -65,7 +66,7 @@ class CachedLogits:
             for seq in range(max_seqs):
                 table[seq, : min(share, pages_per_seq)] = order[seq * share : seq * share + min(share, pages_per_seq)]
             self._tables.append(table)
-            self.capacity = min(getattr(self, "capacity", max_seq_len), share * group.page_size)
+            self.capacity = min(self.capacity, share * group.page_size)
 
     def step(self, sequences: Sequence[Array], pieces: Sequence[Piece], wanted: Sequence[tuple[int, int]]) -> Array:
         """Compute `pieces` in one step and return the logits [len(wanted), vocab] of (sequence, position) pairs."""

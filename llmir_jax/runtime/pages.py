@@ -220,11 +220,12 @@ class CachePages:
             )
             for group in groups
         )
+        self._max_seq_len = max_seq_len
 
     @property
     def max_len(self) -> int:
         """The longest sequence, in positions, that the cache can hold when it holds no other."""
-        return min(group.max_len for group in self.groups)
+        return min((group.max_len for group in self.groups), default=self._max_seq_len)
 
     def add(self, seq: int) -> None:
         for group in self.groups:

@@ -53,9 +53,9 @@ class ReadPagesInPlace(RewritePattern):
         )
         if LOC in op.attributes:
             attention.attributes[LOC] = op.attributes[LOC]
-        rewriter.replace_op(op, attention)
+        rewriter.replace(op, attention)
         if not any(result.uses for result in lookup.results):
-            rewriter.erase_op(lookup)
+            rewriter.erase(lookup)
 
 
 @dataclass(frozen=True)

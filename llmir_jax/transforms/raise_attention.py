@@ -402,8 +402,25 @@ class _Raiser:
             self.cache[key] = self._judge(maps if opaque else maps[:1], part, score, heads, weights, scores)
         form = self.cache[key]
         if isinstance(form, str):
-            raise NotRaised(form)
+            raise NotRaised(form + self._mask_place(scores, weights))
         return form
+
+    def _mask_place(self, scores: stablehlo.DotGeneralOp, weights: SSAValue) -> str:
+        """Where the mask comes from, for a message."""
+        ops, _ = backward_slice([weights], [scores.results[0]])
+        for op in ops:
+            if not self._tokens(op.results[0]):
+                continue
+            for operand in op.operands:
+                info = self.axis.info.get(operand)
+                if info is None or info.tokens or len(info.token_dims) != 2 or info.uniform:
+                    continue
+                source = operand.owner
+                while isinstance(source, stablehlo.BroadcastInDimOp | stablehlo.ReshapeOp | stablehlo.ConvertOp):
+                    source = source.operands[0].owner
+                if isinstance(source, Operation):
+                    return f"; the mask is made by {op_name(source)} at {location(source)}"
+        return ""
 
     def _judge(
         self,

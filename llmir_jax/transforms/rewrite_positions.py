@@ -45,19 +45,32 @@ def _start(op: Operation, dim: int) -> int:
     return 0 if start is None else int(start)
 
 
-def gather_bound(axis: TokenAxis) -> tuple[int, str] | None:
-    """Rows of the smallest table that is indexed by position, and where that is; None if there is none."""
+def gather_bound(
+    axis: TokenAxis, content: Callable[[SSAValue], np.ndarray[Any, Any] | None]
+) -> tuple[int, str] | None:
+    """The first position that has no row in a table indexed by a function of positions, and where that table is read.
+
+    None if every position has its rows. `content(value)` evaluates an index for the longest sequence, None if it cannot.
+    """
     bounds = []
     for value, info in axis.info.items():
         op = value.owner
         if not isinstance(op, stablehlo.GatherOp) or info.tokens or not info.positions:
             continue
         operand, indices = axis.info[op.operand], axis.info[op.start_indices]
-        if operand.token_dims or not indices.positions:
+        if operand.token_dims or not indices.positions or len(indices.token_dims) != 1:
             continue
-        rows = min((shape_of(op.operand)[d] for d in ints(op.dimension_numbers.start_index_map)), default=None)
-        if rows is not None:
-            bounds.append((rows, location(op)))
+        rows = np.array([shape_of(op.operand)[d] for d in ints(op.dimension_numbers.start_index_map)])
+        index = content(op.start_indices)
+        if index is None:
+            bounds.append((int(rows.min()), location(op)))
+            continue
+        vector, (along,) = op.dimension_numbers.index_vector_dim.value.data, indices.token_dims
+        columns = [-1 if d == vector else 1 for d in range(index.ndim)]
+        outside = index >= (rows.reshape(columns) if vector < index.ndim else rows[0])
+        by_position = outside.any(axis=tuple(d for d in range(index.ndim) if d != along))
+        if by_position.any():
+            bounds.append((int(np.argmax(by_position)), location(op)))
     return min(bounds, default=None)
 
 
