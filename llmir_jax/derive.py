@@ -240,9 +240,11 @@ def derive(
         notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
         max_seq_len = bound[0]
 
+    longest = max_seq_len if max_seq_len > length else length + 1
+    first.widen(traces.align_with(longest))
     main = main_function(module)
     twins = _transfer(first, traces)
-    tables = _Tables(traces, other, max_seq_len if max_seq_len > length else length + 1)
+    tables = _Tables(traces, other, longest)
     params = [arg for arg, _ in signature.parameter_paths(main)]
     tokens = signature.argument(main, "tokens")
     axis = analyse(list(main.body.block.ops), twins, params, tokens, tables.reason)

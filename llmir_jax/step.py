@@ -47,7 +47,7 @@ class DerivedStep:
         self._shapes = [(shape_of(a), dtype_of(a)) for a in main.body.block.args]
         by_path = dict(zip(parameter_paths, parameters, strict=True))
         self.parameter_paths = tuple(path for _, path in signature.parameter_paths(main))
-        self.params: tuple[jax.Array, ...] = tuple(by_path[path] for path in self.parameter_paths)
+        self.params: tuple[jax.Array, ...] = tuple(jnp.asarray(by_path[path]) for path in self.parameter_paths)
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()
 

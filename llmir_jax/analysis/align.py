@@ -8,10 +8,11 @@ step to derive.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from xdsl.dialects.builtin import FunctionType, ModuleOp, TensorType
+from xdsl.dialects.builtin import DenseIntOrFPElementsAttr, FunctionType, ModuleOp, TensorType
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 
+from llmir_jax.dialects.build import splat_of
 from llmir_jax.errors import UnsupportedModelError
 from llmir_jax.interop import LOC, op_name
 
@@ -44,6 +45,19 @@ class Alignment:
     """Values with a dim that differs but is no multiple of the length, and why that matters."""
     varying: dict[Operation, frozenset[str]] = field(default_factory=dict)
     """Properties of an operation that depend on the length."""
+
+
+    def widen(self, other: "Alignment") -> None:
+        """Take in what an alignment of the same first trace with a third one found: what varies in either, varies."""
+        for op, names in other.varying.items():
+            self.varying[op] = self.varying.get(op, frozenset()) | names
+        for value, reason in other.odd.items():
+            self.odd.setdefault(value, reason)
+        for value, multiples in other.token_sized.items():
+            if self.token_sized.get(value, multiples) != multiples:
+                self.odd.setdefault(value, f"has an axis that follows {self.length} tokens but not {other.other_length}")
+        for value in self.odd:
+            self.token_sized.pop(value, None)
 
 
 def align(first: ModuleOp, second: ModuleOp, length: int, other_length: int) -> Alignment:
@@ -98,8 +112,16 @@ def _varying(x: Operation, y: Operation) -> Iterator[str]:
         for name in table.keys() | other.keys():
             if name.startswith("llmir.") or name == "op_name__":
                 continue
-            if table.get(name) != other.get(name):
+            if table.get(name) != other.get(name) and not _same_splat(table.get(name), other.get(name)):
                 yield name
+
+
+def _same_splat(a: Attribute | None, b: Attribute | None) -> bool:
+    """Whether two dense attributes repeat one and the same element."""
+    if not isinstance(a, DenseIntOrFPElementsAttr) or not isinstance(b, DenseIntOrFPElementsAttr):
+        return False
+    x, y = splat_of(a), splat_of(b)
+    return x is not None and y is not None and x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
 def _align_values(x: SSAValue, y: SSAValue, result: Alignment) -> None:

@@ -20,7 +20,7 @@ from xdsl_jax.dialects import stablehlo
 from llmir_jax.analysis.align import Alignment, location
 from llmir_jax.analysis.evaluate import external_operands
 from llmir_jax.analysis.reshape import Dims, TokenDim, reshape_dims
-from llmir_jax.dialects.build import ints, shape_of, splat_of
+from llmir_jax.dialects.build import ints, shape_of
 from llmir_jax.interop import op_name
 
 
@@ -423,7 +423,7 @@ def _analyse_op(
             reason = None if dims[along].plain else "counts along an axis that holds more than tokens"  # type: ignore[union-attr]
     elif name == "stablehlo.constant":
         all_dims, reason = [rules.sized(op.results[0])], None
-        if varying and not _same_splat(op, axis):
+        if varying:
             positions = True
             reason = "is a constant that depends on the sequence length"
     elif name in ("stablehlo.slice", "stablehlo.dynamic_slice") and reason is None:
@@ -467,13 +467,6 @@ def _analyse_op(
 def _is_table_shape(dims: Dims) -> bool:
     tokens = [d for d in dims if d is not None]
     return 1 <= len(tokens) <= 2 and all(d.plain for d in tokens)
-
-
-def _same_splat(op: Operation, axis: TokenAxis) -> bool:
-    """Whether a constant is the same element everywhere at both lengths."""
-    a = splat_of(op.properties["value"])
-    b = splat_of(axis.alignment.ops[op].properties["value"])
-    return a is not None and b is not None and a.tobytes() == b.tobytes()
 
 
 _SIZES: dict[str, frozenset[str]] = {

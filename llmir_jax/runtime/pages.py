@@ -244,7 +244,7 @@ class CachePages:
 
     def longest(self, seq: int, start: int, stop: int) -> int:
         """The largest end, up to ``stop``, for which `reserve` from ``start`` succeeds now; ``start`` if none does."""
-        return min(group.longest(seq, start, stop) for group in self.groups)
+        return min((group.longest(seq, start, stop) for group in self.groups), default=stop)
 
     def fork(self, parent: int, child: int) -> None:
         for group in self.groups:

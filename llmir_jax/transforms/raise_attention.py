@@ -380,7 +380,7 @@ class _Raiser:
         part = extract(outputs, [scores.results[0], self.options.positions, *opaque])
         values = self._parameters(part, 2 + len(opaque))
         contents = [self.options.contents(x) for x in opaque]
-        layout = (tuple(map(tuple, scores_dims)), tuple(map(tuple, weights_dims)), tuple(heads), score)
+        layout = (tuple(map(tuple, scores_dims)), tuple(map(tuple, weights_dims)), tuple(heads), queries, keys, score)
         data = tuple(np.asarray(v).tobytes() for v in [*values.values(), *(c[2] for c in contents)])
         key = (part.key, layout, data)
         if key not in self.cache:
