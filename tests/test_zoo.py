@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,17 @@ MAX_SEQS = 3
 PREFILL_CHUNK = 7  # tokens
 BUCKET = 8  # token rows of a step
 PAGE_SIZES = (2, 4, 5, 8)  # tokens
-TOLERANCE = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 6e-2}  # of the largest logit
+TOLERANCE = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}  # of the largest logit
 
 Naive = Callable[[list[int]], np.ndarray]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA with most optimisations off: hundreds of small programs are compiled here, and each runs a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def seed_of(name: str) -> int:
@@ -108,7 +116,7 @@ def test_refused(entry: Refused) -> None:
     seed = seed_of(entry.name)
     built = entry.build(seed)
     with pytest.raises(UnsupportedModelError, match=f"(?i){entry.op}") as caught:
-        derive(built, seed, 40)
+        derive(built, seed, entry.longest)
     message = str(caught.value)
     assert "\n" not in message
     assert re.search(entry.because, message, re.IGNORECASE), message

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.plain import Params, head_weights, heads_of, jitter, merge, toy_lm
+from zoo.plain import Params, drawn, head_weights, heads_of, merge, toy_lm
 from zoo.registry import Built, derivable
 
 
@@ -82,7 +82,7 @@ def linen_multi_head(seed: int) -> Built:
             return embed.attend(nn.LayerNorm()(x))
 
     net = Model()
-    params = jitter(net.init(jax.random.key(seed), jnp.zeros((1, 7), jnp.int32)), seed)
+    params = drawn(jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 7), jnp.int32)), seed)
     return Built(lambda params, tokens: net.apply(params, tokens), params, 97)
 
 
@@ -115,6 +115,6 @@ def nnx_multi_head(seed: int) -> Built:
                 x = block(x, mask)
             return self.head(x)
 
-    model = Model(nnx.Rngs(seed))
-    nnx.update(model, jitter(nnx.state(model, nnx.Param), seed))
+    model = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
+    nnx.update(model, drawn(nnx.state(model, nnx.Param), seed))
     return Built(lambda model, tokens: model(tokens), model, 97)

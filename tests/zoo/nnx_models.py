@@ -1,17 +1,21 @@
 """Whole models in flax.nnx, in the manner of well-known public ones."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.plain import jitter
+from zoo.plain import drawn
 from zoo.registry import Built, derivable
 
 VOCAB = 97
 
 
-def instance(model: nnx.Module, seed: int) -> Built:
-    nnx.update(model, jitter(nnx.state(model, nnx.Param), seed))
+def instance(create: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Built:
+    model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    nnx.update(model, drawn(nnx.state(model, nnx.Param), seed))
     return Built(lambda model, tokens: model(tokens), model, VOCAB)
 
 
@@ -56,7 +60,10 @@ class NanoGpt(nnx.Module):
 
 @derivable("nnx", "nanoGPT", "stored mask buffer in an nnx.Variable", "tied head", "dropout switched off")
 def nnx_nanogpt(seed: int) -> Built:
-    return instance(NanoGpt(nnx.Rngs(seed)), seed)
+    built = instance(NanoGpt, seed)
+    for block in built.model.h:
+        block.mask = nnx.Variable(jnp.tril(jnp.ones((256, 256))).reshape(1, 1, 256, 256))
+    return built
 
 
 class GemmaNorm(nnx.Module):
@@ -133,7 +140,7 @@ class Gemma2(nnx.Module):
     "nnx", "Gemma 2", "local and global by turns", "soft-caps", "GQA as BTKGH", "norms after", "tied, scaled embed"
 )
 def nnx_gemma2(seed: int) -> Built:
-    return instance(Gemma2(nnx.Rngs(seed)), seed)
+    return instance(Gemma2, seed)
 
 
 class QwenBlock(nnx.Module):
@@ -199,12 +206,12 @@ class Qwen(nnx.Module):
 
 @derivable("nnx", "Qwen 3", "QK-norm", "nnx.remat", "untied head")
 def nnx_qwen3(seed: int) -> Built:
-    return instance(Qwen(nnx.Rngs(seed), remat=True), seed)
+    return instance(partial(Qwen, remat=True), seed)
 
 
 @derivable("nnx", "Mixtral: top-2 dense experts with a sliding window", "GLU experts")
 def nnx_mixtral(seed: int) -> Built:
-    return instance(Qwen(nnx.Rngs(seed), window=5, experts=4), seed)
+    return instance(partial(Qwen, window=5, experts=4), seed)
 
 
 class ScannedQwen(nnx.Module):
@@ -228,4 +235,4 @@ class ScannedQwen(nnx.Module):
 
 @derivable("nnx.scan", "nnx.vmap'd creation of the layers")
 def nnx_scanned(seed: int) -> Built:
-    return instance(ScannedQwen(nnx.Rngs(seed)), seed)
+    return instance(ScannedQwen, seed)

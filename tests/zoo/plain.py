@@ -29,16 +29,28 @@ class Init:
         return jnp.asarray(value + 0.2 * self.rng.normal(size=shape), self.dtype)
 
 
-def jitter(tree: Any, seed: int) -> Any:
-    """Add noise to every float leaf, so that no bias is zero and no scale is one."""
+def drawn(shapes: Any, seed: int) -> Any:
+    """Random weights for a pytree of shapes from a Flax module, by their names; no bias is zero and no scale is one.
+
+    Much faster than the module's own initializers, each of which would be compiled.
+    """
     rng = np.random.default_rng(seed)
 
-    def noisy(leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        return leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        name = next(name for name in reversed(names) if name != "value")
+        noise = rng.normal(size=leaf.shape)
+        if name == "bias":
+            values = 0.2 * noise
+        elif leaf.ndim == 1:
+            values = 1 + 0.2 * noise
+        elif name in ("embedding", "pos"):
+            values = noise
+        else:  # roughly the fan-in, whether heads have an axis of their own or not
+            values = noise / max(leaf.shape[-2], 16) ** 0.5
+        return jnp.asarray(values, leaf.dtype)
 
-    return jax.tree.map(noisy, tree)
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def rms(x: jax.Array, w: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -23,8 +23,8 @@ def seen_by(seed: int, visible: Callable[[jax.Array, jax.Array, int], jax.Array]
         t = h.shape[1]
         s, v = scores_of(p, h)
         mask = visible(jnp.arange(t)[:, None], jnp.arange(t)[None, :], t)
-        w = jax.nn.softmax(jnp.where(mask, s, value), axis=-1)
-        return merge(p, jnp.einsum("bhqk,bkhd->bqhd", w, v))
+        w = jax.nn.softmax(jnp.where(mask, s, value), axis=-1)  # refused by all
+        return merge(p, jnp.einsum("bhqk,bkhd->bqhd", w, v))  # refused by all
 
     return toy_lm(seed, attend)
 
@@ -107,6 +107,21 @@ def window_that_grows(seed: int) -> Built:
 @refused(MASK_OP, "causal|mask|window", effect="past")
 def mask_with_one_hole(seed: int) -> Built:
     return seen_by(seed, lambda q, k, t: (k <= q) & ~((q == 11) & (k == 5)))  # refused
+
+
+@refused(MASK_OP, "causal|mask|window", effect="past", longest=1000)
+def window_and_one_token_far_on(seed: int) -> Built:
+    return seen_by(seed, lambda q, k, t: (k <= q) & ((q - k < 5) | (k == 333)))  # refused
+
+
+@refused(MASK_OP, "causal|mask|window", effect="past", longest=1000)
+def one_hole_far_on(seed: int) -> Built:
+    return seen_by(seed, lambda q, k, t: (k <= q) & ~((q == 555) & (k == 222)))  # refused
+
+
+@refused(MASK_OP, "causal|mask|window", effect="past", longest=1000)
+def chunks_of_500(seed: int) -> Built:
+    return seen_by(seed, lambda q, k, t: (k <= q) & (k // 500 == q // 500))  # refused
 
 
 @refused(MASK_OP, "causal|mask|window", effect="future")

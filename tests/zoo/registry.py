@@ -48,7 +48,7 @@ class Refused:
     `effect` is how the model breaks the rules, which its own forward shows without any compiler: "future" (later
     tokens change earlier logits), "past" (causal, but mixed otherwise than by attention), "length" (logits depend on
     the sequence length), "shape" (not logits [B, T, V]), "trace" (some lengths fail), "nan". `located` is False where
-    no line of the model is at fault.
+    no line of the model is at fault. `longest` is the max_seq_len of the decoder asked for, in tokens.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Refused:
     because: str
     effect: str
     located: bool
+    longest: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,20 @@ def derivable(*covers: str, dtype: str = "float32", longest: int = 17) -> Callab
 
 
 def refused(
-    op: str, because: str = ".", *, effect: str = "future", located: bool = True
+    op: str, because: str = ".", *, effect: str = "future", located: bool = True, longest: int = 40
 ) -> Callable[[Builder], Refused]:
     """Register a builder of a model that must be refused."""
 
     def register(build: Builder) -> Refused:
-        return Refused(name=build.__name__, build=build, op=op, because=because, effect=effect, located=located)
+        return Refused(
+            name=build.__name__,
+            build=build,
+            op=op,
+            because=because,
+            effect=effect,
+            located=located,
+            longest=longest,
+        )
 
     return register
 
@@ -103,7 +112,12 @@ def entries(modules: tuple[ModuleType, ...], kind: type) -> tuple[Any, ...]:
 
 
 def marked_lines(entry: Refused) -> tuple[str, set[int]]:
-    """The file name of a refused model ("masks.py") and the lines of it marked as the ones at fault."""
+    """The file name of a refused model ("masks.py") and the lines at fault.
+
+    Those are the lines of its builder with the comment ``# refused``, and those of the file with ``# refused by all``.
+    """
+    path = Path(inspect.getsourcefile(entry.build) or "")
     lines, first = inspect.getsourcelines(entry.build)
-    file_name = Path(inspect.getsourcefile(entry.build)).name
-    return file_name, {first + i for i, line in enumerate(lines) if "# refused" in line}
+    own = {first + i for i, line in enumerate(lines) if "# refused" in line}
+    shared = {i for i, line in enumerate(path.read_text().splitlines(), 1) if "# refused by all" in line}
+    return path.name, own | shared
