@@ -24,7 +24,6 @@ from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.trace import Traced, flatten_params, trace
-from llmir_jax.transforms import signature
 from llmir_jax.verify import CachedLogits, CheckResult, Piece, self_check
 
 STAGES = ("stablehlo", "llm", "target")
@@ -36,6 +35,16 @@ def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise LlmirError(f"decoder: {name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_target(target: str | None) -> str:
+    """The platform that the decoder runs on."""
+    platform = jax.default_backend()
+    if target not in (None, "reference", platform) and not (target == "gpu" and platform in ("cuda", "rocm")):
+        raise LlmirError(
+            f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
+        )
+    return platform
 
 
 def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
@@ -65,7 +74,7 @@ class Decoder:
         texts: dict[str, str],
         recorder: Recorder,
         notes: Sequence[str],
-        targets: dict[str, str],
+        platform: str,
     ):
         self._step = step
         self._engine = engine
@@ -75,7 +84,7 @@ class Decoder:
         self._texts = texts
         self._recorder = recorder
         self._notes = tuple(notes)
-        self._targets = targets
+        self._platform = platform
         self._check: CheckResult | None = None
 
     @classmethod
@@ -93,6 +102,7 @@ class Decoder:
         verify: bool = True,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        target: str | None = None,
         seed: int = 0,
     ) -> "Decoder":
         """Derive the decoder of `forward(model, tokens int32[1, seq]) -> logits [1, seq, vocab]`.
@@ -107,6 +117,7 @@ class Decoder:
             verify: run the self-check (see `llmir_jax.verify`).
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
+            target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
             seed: of the self-check's random tokens.
 
         Raises:
@@ -116,13 +127,14 @@ class Decoder:
         _check_sizes(num_pages=num_pages, page_size=page_size, max_seqs=max_seqs)
         if max_seq_len is not None:
             _check_sizes(max_seq_len=max_seq_len)
+        platform = _check_target(target)
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         first: list[Traced] = []
 
         def trace_at(length: int) -> Traced:
             start = time.perf_counter()
-            traced = trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32))
+            traced = trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32))  # type: ignore[no-untyped-call]
             recorder.seconds["trace"] = recorder.seconds.get("trace", 0.0) + time.perf_counter() - start
             if not first:
                 first.append(traced)
@@ -160,7 +172,7 @@ class Decoder:
             texts=texts,
             recorder=recorder,
             notes=derived.notes,
-            targets={},
+            platform=platform,
         )
         if verify:
             decoder._check = decoder._self_check(seed)
@@ -263,7 +275,7 @@ class Decoder:
                 form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, str(dtype_of(op.k_pages)))
                 forms[form] = forms.get(form, 0) + 1
         names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
-        reference = "the reference decomposition, compiled by XLA"
+        reference = f"the reference decomposition, compiled by XLA for {self._platform}"
         entries = tuple(
             AttentionEntry(layers=n, served_by=reference, **dict(zip(names, form, strict=True)))
             for form, n in forms.items()
@@ -274,7 +286,7 @@ class Decoder:
             attention=entries,
             operations=counts,
             served_by={
-                name: f"{reference} (no kernels for this target in this version)"
+                name: f"{reference} (this version has no kernels of its own)"
                 for name in sorted(counts)
                 if name.startswith("llm.")
             },
@@ -312,7 +324,8 @@ class Decoder:
 
         def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             (logits,) = self._traced.flat_fn(*flat, jnp.asarray(tokens)[None])
-            return np.asarray(logits.astype(jnp.float32))[0]
+            rows: np.ndarray[Any, Any] = np.asarray(logits.astype(jnp.float32))[0]
+            return rows
 
         start = time.perf_counter()
         result = self_check(
