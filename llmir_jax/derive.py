@@ -34,6 +34,9 @@ from llmir_jax.transforms.unroll_loops import unroll_loops
 
 LENGTHS = (131, 113, 67, 41, 23, 17)
 """Lengths to trace at, in tokens: primes, so that no other size of a model is taken for the token axis."""
+SHORT_LENGTH = 67
+"""Length of the second trace, in tokens: far from the first, so that a size like `seq // 64` or a branch shows, and more
+than 64, for MLIR folds constants of no more elements than that, which makes two traces differ for no good reason."""
 MAX_TABLE_BYTES = 1 << 30
 """A table of positions larger than this is refused."""
 
@@ -94,7 +97,9 @@ class _Traces:
                 f"the forward cannot be traced at any of {LENGTHS} tokens; at {LENGTHS[0]} it raises "
                 f"{type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        raise UnsupportedModelError(f"no length among {LENGTHS} is free of the model's own sizes: it cannot be analysed")
+        raise UnsupportedModelError(
+            f"no length among {LENGTHS} is free of the model's own sizes: it cannot be analysed"
+        )
 
     def align_with(self, length: int) -> Alignment:
         """The untouched first trace aligned with one at `length`."""
@@ -198,7 +203,9 @@ def _same_prefix(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     window = tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
     x, y = a[window], b[window]
     if x.dtype.kind in "fc" or x.dtype.itemsize == 2:
-        return bool(np.allclose(x.astype(np.complex128), y.astype(np.complex128), rtol=1e-5, atol=1e-6, equal_nan=True))
+        x, y = x.astype(np.complex128), y.astype(np.complex128)
+        largest = float(np.abs(x[np.isfinite(x)]).max(initial=0.0))
+        return bool(np.allclose(x, y, rtol=1e-5, atol=1e-6 * largest, equal_nan=True))
     return bool((x == y).all())
 
 
@@ -208,7 +215,7 @@ def derive(
     *,
     max_seqs: int,
     max_seq_len: int,
-    page_size: int,
+    cache_sizes: Sequence[int],
     lengths: Sequence[int] = LENGTHS,
 ) -> Derived:
     """Derive the step.
@@ -216,14 +223,15 @@ def derive(
     Args:
         trace_at: traces the forward at a number of tokens.
         parameter_values: arrays of the parameters in order, read only where a mask depends on one.
+        cache_sizes: sizes that the cache's arrays will have; none may be taken for the token axis.
         lengths: to trace at, the first that fits.
 
     Raises:
         UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
     """
-    traces = _Traces(trace_at, (max_seqs, page_size, max_seq_len, -(-max_seq_len // page_size)), lengths)
+    traces = _Traces(trace_at, (max_seqs, max_seq_len, *cache_sizes), lengths)
     module, length = traces.main_module, traces.length
-    other = length - 2
+    other = SHORT_LENGTH if length > SHORT_LENGTH else length - 2
     first = traces.align_with(other)
     if _has_fixed_multiple(first):
         return derive(
@@ -231,7 +239,7 @@ def derive(
             parameter_values,
             max_seqs=max_seqs,
             max_seq_len=max_seq_len,
-            page_size=page_size,
+            cache_sizes=cache_sizes,
             lengths=tuple(n for n in lengths if n != length),
         )
     notes: list[str] = []
@@ -251,7 +259,12 @@ def derive(
     bound = gather_bound(axis, tables.longest_content)
     if bound is not None and bound[0] < max_seq_len:
         again = derive(
-            trace_at, parameter_values, max_seqs=max_seqs, max_seq_len=bound[0], page_size=page_size, lengths=lengths
+            trace_at,
+            parameter_values,
+            max_seqs=max_seqs,
+            max_seq_len=bound[0],
+            cache_sizes=cache_sizes,
+            lengths=lengths,
         )
         again.notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
         return again
@@ -340,7 +353,11 @@ def check_token_pointwise(axis: TokenAxis, ops: Sequence[Operation]) -> None:
                     f"{op_name(op)} at {location(op)}: pairs tokens with tokens (token axes {info.token_dims}) outside "
                     "of attention"
                 )
-            if info is not None and info.opaque and any(axis.info[r].tokens for u in result.uses for r in u.operation.results if r in axis.info):
+            if (
+                info is not None
+                and info.opaque
+                and any(axis.info[r].tokens for u in result.uses for r in u.operation.results if r in axis.info)
+            ):
                 raise UnsupportedModelError(f"{op_name(op)} at {location(op)}: {info.opaque}")
 
 
@@ -365,7 +382,12 @@ def _flatten_inputs(module: ModuleOp, length: int, max_seqs: int) -> None:
     shaped = OpBuilder(block.first_op).reshape(flat, (1, length))
     tokens.replace_all_uses_with(shaped)
     signature.remove_argument(main, tokens)
-    for role, shape in (("seq_ids", (length,)), ("num_tokens", ()), ("seq_lens", (max_seqs,)), ("logits_rows", (max_seqs,))):
+    for role, shape in (
+        ("seq_ids", (length,)),
+        ("num_tokens", ()),
+        ("seq_lens", (max_seqs,)),
+        ("logits_rows", (max_seqs,)),
+    ):
         signature.add_argument(main, role, tensor(shape, i32))
 
 

@@ -75,7 +75,11 @@ def derive_step(
     """The step of a plain forward, over pages, at the length it was derived at."""
     start = time.perf_counter()
     derived = derive(
-        trace_at, parameter_values, max_seqs=max_seqs, max_seq_len=max_seq_len, page_size=page_size
+        trace_at,
+        parameter_values,
+        max_seqs=max_seqs,
+        max_seq_len=max_seq_len,
+        cache_sizes=(page_size, num_pages, -(-max_seq_len // page_size)),
     )
     recorder.seconds["derive"] = time.perf_counter() - start
     module = derived.module

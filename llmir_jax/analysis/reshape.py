@@ -2,7 +2,7 @@
 outer * T * inner elements in row-major order, T being the number of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 
@@ -12,6 +12,8 @@ class TokenDim:
 
     outer: int = 1
     inner: int = 1
+    free: bool = field(default=False, compare=False)
+    """Whether the value is the same all along the dim, so that it agrees with any order."""
 
     @property
     def plain(self) -> bool:
@@ -20,6 +22,17 @@ class TokenDim:
 
 
 Dims = tuple[TokenDim | None, ...]
+
+
+def agree(a: TokenDim | None, b: TokenDim | None) -> tuple[TokenDim | None, bool]:
+    """The dim of what is made of `a` and `b` element by element, and whether both run over the tokens in one order."""
+    if a is None or b is None:
+        return a or b, True
+    if a == b:
+        return (b if a.free else a), True
+    if a.free or b.free:
+        return (b if a.free else a), True
+    return a, False
 
 
 def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
@@ -57,7 +70,11 @@ def reshape_dims(before: Sequence[int], dims: Dims, after: Sequence[int], length
         assert source is not None
         outer = prod(before[d] for d in sources if d < tokens[0]) * source.outer
         inner = prod(before[d] for d in sources if d > tokens[0]) * source.inner
-        place = _place(outer, inner, [after[d] for d in targets], length)
+        sizes = [after[d] for d in targets]
+        if source.free and all(before[d] == 1 for d in sources if d != tokens[0]):
+            place = next(((i, TokenDim(1, n // length, True)) for i, n in enumerate(sizes) if n % length == 0), None)
+        else:
+            place = _place(outer, inner, sizes, length)
         if place is None:
             reason = "splits the token axis"
             continue

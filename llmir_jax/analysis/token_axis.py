@@ -13,15 +13,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from xdsl.dialects.builtin import UnregisteredOp
+from xdsl.dialects.builtin import DenseIntOrFPElementsAttr, UnregisteredOp
 from xdsl.ir import Operation, SSAValue
 from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import Alignment, location
 from llmir_jax.analysis.evaluate import external_operands
-from llmir_jax.analysis.reshape import Dims, TokenDim, reshape_dims
+from llmir_jax.analysis.reshape import Dims, TokenDim, agree, reshape_dims
 from llmir_jax.dialects.build import ints, shape_of
-from llmir_jax.interop import op_name
+from llmir_jax.interop import dense_to_numpy, op_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +76,24 @@ class _Rules:
             return (None,) * len(shape_of(value))
         return tuple(TokenDim(1, m) if m else None for m in multiples)
 
+    def spread(self, value: SSAValue) -> Dims:
+        """Token dims by size, of a value that is the same all along each of them."""
+        return tuple(dim and TokenDim(1, dim.inner, True) for dim in self.sized(value))
+
     def join(self, values: Sequence[SSAValue]) -> tuple[Dims, str | None]:
-        """The common token dims of values of one shape. Uniform values agree with everything."""
-        joined: list[TokenDim | None] = list(self.dims(values[0]))
-        strong = not self.axis.info[values[0]].uniform
-        for value in values[1:]:
-            uniform = self.axis.info[value].uniform
-            for d, dim in enumerate(self.dims(value)):
-                if dim == joined[d] or dim is None:
-                    continue
-                if joined[d] is None or (not strong and not uniform):
-                    joined[d] = dim
-                elif not uniform:
-                    if strong:
-                        return tuple(joined), "combines token axes that were flattened in different orders"
-                    joined[d] = dim
-            strong = strong or not uniform
-        return tuple(joined), None
+        """The common token dims of values of one shape."""
+        return self.join_dims([self.dims(x) for x in values])
+
+    def join_dims(self, all_dims: Sequence[Dims]) -> tuple[Dims, str | None]:
+        """The token dims that all of these agree on."""
+        joined: list[TokenDim | None] = list(all_dims[0])
+        reason = None
+        for dims in all_dims[1:]:
+            for d, dim in enumerate(dims):
+                joined[d], same = agree(joined[d], dim)
+                if not same:
+                    reason = "combines token axes that were flattened in different orders"
+        return tuple(joined), reason
 
     def elementwise(self, op: Operation) -> tuple[list[Dims], str | None]:
         shape = shape_of(op.results[0])
@@ -114,7 +115,7 @@ class _Rules:
 
     def broadcast(self, op: stablehlo.BroadcastInDimOp) -> tuple[list[Dims], str | None]:
         source, shape = self.dims(op.operand), shape_of(op.operand)
-        result = list(self.sized(op.result))
+        result = list(self.spread(op.result))
         for d, target in enumerate(ints(op.broadcast_dimensions)):
             if shape[d] != 1:
                 result[target] = source[d]
@@ -128,9 +129,9 @@ class _Rules:
         reason = None
         result: list[TokenDim | None] = []
         for a, b in zip(lhs_batch, rhs_batch, strict=True):
-            uniform_left = self.axis.info[op.lhs].uniform
-            result.append(rhs[b] if uniform_left else lhs[a])
-            if lhs[a] != rhs[b] and not (uniform_left or self.axis.info[op.rhs].uniform):
+            dim, same = agree(lhs[a], rhs[b])
+            result.append(dim)
+            if not same:
                 reason = "batches over token axes that were flattened in different orders"
         result += [dim for d, dim in enumerate(lhs) if d not in lhs_batch + lhs_sum]
         result += [dim for d, dim in enumerate(rhs) if d not in rhs_batch + rhs_sum]
@@ -149,9 +150,7 @@ class _Rules:
     def concatenate(self, op: stablehlo.ConcatenateOp) -> tuple[list[Dims], str | None]:
         along = op.dimension.value.data
         stripped = [self.dims(x)[:along] + self.dims(x)[along + 1 :] for x in op.inputs]
-        strong = [s for s, x in zip(stripped, op.inputs, strict=True) if not self.axis.info[x].uniform]
-        reason = "combines token axes that were flattened in different orders" if len(set(strong)) > 1 else None
-        rest = (strong or stripped)[0]
+        rest, reason = self.join_dims(stripped)
         if any(self.dims(x)[along] is not None for x in op.inputs):
             reason = f"concatenates along the token axis (dim {along})"
         return [(*rest[:along], None, *rest[along:])], reason
@@ -194,9 +193,8 @@ class _Rules:
         for d, (m, n) in enumerate(zip(shape_of(source), shape_of(update), strict=True)):
             if (self.dims(source)[d] is not None or self.dims(update)[d] is not None) and m != n:
                 reason = f"updates part of the token axis (dim {d})"
-        if self.axis.info[source].uniform:
-            return [tuple(u or s for s, u in zip(self.dims(source), self.dims(update), strict=True))], reason
-        return [self.dims(source)], reason
+        dims, mixed = self.join([source, update])
+        return [dims], reason or mixed
 
     def pad(self, op: stablehlo.PadOp) -> tuple[list[Dims], str | None]:
         dims = self.dims(op.operand)
@@ -241,7 +239,9 @@ class _Rules:
         if any(source[d] is not None for d in start_map if d not in collapsed and sizes[d] != shape[d]):
             reason = "gathers along the token axis"
         for a, b in zip(operand_batch, index_batch, strict=True):
-            if source[a] != indices[b]:
+            dim, same = agree(source[a], indices[b])
+            result[batch_dims[index_dims.index(b)]] = dim
+            if not same or (source[a] is None) != (indices[b] is None):
                 reason = "gathers over token axes that do not run together"
         return [tuple(result)], reason
 
@@ -253,29 +253,35 @@ class _Rules:
         inserted = ints(numbers.inserted_window_dims)
         vector = numbers.index_vector_dim.value.data
         windows = ints(numbers.update_window_dims)
-        indices, update = self.dims(op.scatter_indices), self.dims(op.updates[0])
-        sized = self.sized(op.results[0])
-        reason = self.join(list(op.inputs))[1]
-        kept = [d for d in range(len(sized)) if d not in batch + inserted]
+        indices = self.dims(op.scatter_indices)
+        joined, reason = self.join(list(op.inputs))
+        update, mixed = self.join(list(op.updates))
+        reason = reason or mixed
+        result = list(joined)
+        kept = [d for d in range(len(result)) if d not in batch + inserted]
         index_dims = [d for d in range(len(indices)) if d != vector]
         scatter_dims = [d for d in range(len(update)) if d not in windows]
-        for d, dim in enumerate(sized):
+        for d, dim in enumerate(joined):
             if dim is None:
                 continue
             if d in batch:
                 b = index_batch[batch.index(d)]
                 u = scatter_dims[index_dims.index(b)]
-                if indices[b] is None or update[u] is None:
+                by_index, same = agree(dim, indices[b])
+                result[d], also = agree(by_index, update[u])
+                if indices[b] is None or update[u] is None or not (same and also):
                     reason = "scatters over token axes that do not run together"
             elif d in kept and shape_of(op.updates[0])[windows[kept.index(d)]] == shape_of(op.results[0])[d]:
-                continue
+                result[d], same = agree(dim, update[windows[kept.index(d)]])
+                if not same:
+                    reason = "combines token axes that were flattened in different orders"
             else:
                 reason = f"scatters along the token axis (dim {d})"
         batched = {index_dims.index(b) for b in index_batch}
         loose = [d for i, d in enumerate(index_dims) if i not in batched and indices[d] is not None]
         if loose:
             reason = "scatters tokens into something that does not hold them one by one"
-        return [sized] * len(op.results), reason
+        return [tuple(result)] * len(op.results), reason
 
     def convolution(self, op: Operation) -> tuple[list[Dims], str | None]:
         """Tokens may be the batch of a convolution over something else."""
@@ -290,8 +296,14 @@ class _Rules:
         return [tuple(dims[source] if d == target else None for d in range(len(dims)))], None
 
     def reduce_window(self, op: Operation) -> tuple[list[Dims], str | None]:
-        window = ints(_attr(op, "window_dimensions"))
-        return self.along(op, [d for d, w in enumerate(window) if w != 1], "accumulates or pools")
+        moves = {d for d, w in enumerate(ints(_attr(op, "window_dimensions"))) if w != 1}
+        for name in ("window_strides", "base_dilations", "window_dilations"):
+            if op.get_attr_or_prop(name) is not None:
+                moves |= {d for d, n in enumerate(ints(_attr(op, name))) if n != 1}
+        padding = op.get_attr_or_prop("padding")
+        if isinstance(padding, DenseIntOrFPElementsAttr):
+            moves |= {d for d, pair in enumerate(dense_to_numpy(padding).reshape(-1, 2)) if pair.any()}
+        return self.along(op, sorted(moves), "accumulates, pools or shifts")
 
     def unknown(self, op: Operation) -> tuple[list[Dims], str | None]:
         touches = any(self.axis.info[x].token_dims for x in op.operands if x in self.axis.info)
@@ -400,29 +412,28 @@ def analyse(
     return axis
 
 
-def _analyse_op(
-    op: Operation, axis: TokenAxis, rules: _Rules, table_reason: Callable[[SSAValue], str | None]
-) -> None:
+def _analyse_op(op: Operation, axis: TokenAxis, rules: _Rules, table_reason: Callable[[SSAValue], str | None]) -> None:
     inputs = [axis.info[x] for x in external_operands(op) if x in axis.info]
     tokens = any(i.tokens for i in inputs)
     positions = any(i.positions for i in inputs)
     params = any(i.params for i in inputs)
     all_dims, reason = _rule(op, rules)
     name = op_name(op)
-    varying = axis.alignment.varying.get(op, frozenset())
+    varying = frozenset[str]().union(*(axis.alignment.varying.get(x, ()) for x in (op.walk() if op.regions else (op,))))
     odd = next((axis.alignment.odd[r] for r in op.results if r in axis.alignment.odd), None)
 
     if name == "stablehlo.iota" and varying:
         reason = "depends on the sequence length"
     elif name == "stablehlo.iota" and all_dims:
-        dims = rules.sized(op.results[0])
+        dims = rules.spread(op.results[0])
         along = op.properties["iota_dimension"].value.data  # type: ignore[attr-defined]
+        dims = tuple(dim if d != along else rules.sized(op.results[0])[d] for d, dim in enumerate(dims))
         all_dims, reason = [dims], None
         if dims and dims[along] is not None:
             positions = True
             reason = None if dims[along].plain else "counts along an axis that holds more than tokens"  # type: ignore[union-attr]
     elif name == "stablehlo.constant":
-        all_dims, reason = [rules.sized(op.results[0])], None
+        all_dims, reason = [rules.spread(op.results[0])], None
         if varying:
             positions = True
             reason = "is a constant that depends on the sequence length"
@@ -435,6 +446,10 @@ def _analyse_op(
                 reason = "takes the first T rows of something that runs over tokens"
     elif varying - _SIZES.get(name, frozenset()) and reason is None:
         reason = f"has properties that depend on the sequence length ({', '.join(sorted(varying))})"
+    if reason is None and odd is None:
+        reason = _unaccounted(op, inputs, all_dims, rules)
+        if reason is not None:
+            all_dims = [rules.sized(r) for r in op.results]
     if odd is not None:
         reason = reason or odd
         positions = positions or not tokens
@@ -449,7 +464,8 @@ def _analyse_op(
         for r, dims in zip(op.results, all_dims, strict=True):
             axis.info[r] = ValueInfo(dims=dims, tokens=True, positions=positions, params=params)
         return
-    opaque = inherited or (reason if positions or any(any(d) for d in all_dims) else None)
+    touches = positions or any(any(d) for d in all_dims) or any(i.token_dims for i in inputs)
+    opaque = inherited or (reason if touches else None)
     positions = positions or opaque is not None
     for r, dims in zip(op.results, all_dims, strict=True):
         why = opaque
@@ -462,6 +478,21 @@ def _analyse_op(
             elif inherited is None:
                 why = f"{opaque}, and {not_a_table}"
         axis.info[r] = ValueInfo(dims=dims, positions=positions, params=params, opaque=why)
+
+
+def _unaccounted(op: Operation, inputs: Sequence[ValueInfo], all_dims: Sequence[Dims], rules: _Rules) -> str | None:
+    """A safety net under the rules: every dim that follows the length is a token dim, and none of an operand's is lost."""
+    held = max((len(i.token_dims) for i in inputs), default=0)
+    for result, dims in zip(op.results, all_dims, strict=True):
+        sized = rules.sized(result)
+        if any(
+            (a is None) != (b is None) or (a and b and a.outer * a.inner != b.inner)
+            for a, b in zip(dims, sized, strict=True)
+        ):
+            return "makes an axis as long as the sequence out of something that does not run over tokens"
+        if sum(d is not None for d in dims) < held:
+            return "loses the token axis"
+    return None
 
 
 def _is_table_shape(dims: Dims) -> bool:

@@ -13,6 +13,8 @@ from jax import Array, lax
 
 KEYS_PER_BLOCK = 256
 """About how many keys are read at once, in tokens."""
+LOWEST = -3.4e38
+"""Below any score; finite, so that a query that saw nothing yet is rescaled by exp(0), not exp(inf - inf)."""
 ROWS_PER_RUN = 128
 """At most how many rows of one sequence are served at once."""
 
@@ -111,6 +113,10 @@ def attend_pages(
             seen &= key_positions > query_positions - window
         return seen
 
+    def only_live(values: Array, seen: Array) -> Array:
+        """Zeros for values that no query sees: a page may hold anything there, and a weight of 0 times NaN is NaN."""
+        return jnp.where(seen[..., None, None], values, jnp.zeros((), values.dtype))
+
     def update(
         state: _Softmax, scores: Array, seen: Array, distance: Array, weigh: Callable[[Array], Array]
     ) -> _Softmax:
@@ -124,16 +130,14 @@ def attend_pages(
         largest = jnp.maximum(state.largest, scores.max(-1))
         weights = jnp.exp(scores - largest[..., None])
         kept = jnp.exp(state.largest - largest)
-        return _Softmax(
-            state.values * kept[..., None] + weigh(weights), state.total * kept + weights.sum(-1), largest
-        )
+        return _Softmax(state.values * kept[..., None] + weigh(weights), state.total * kept + weights.sum(-1), largest)
 
     def start(rows: int) -> _Softmax:
         shape = (rows, *grouped.shape[1:3])
         return _Softmax(
             jnp.zeros((*shape, v_pages.shape[-1]), jnp.float32),
             jnp.zeros(shape, jnp.float32),
-            jnp.full(shape, jnp.finfo(jnp.float32).min),
+            jnp.full(shape, LOWEST),
         )
 
     def block_range(query_positions: Array, lens: Array) -> tuple[Array, Array]:
@@ -144,7 +148,9 @@ def attend_pages(
             return jnp.int32(0), stop
         return jnp.maximum(jnp.min(query_positions) - window + 1, 0) // keys_per_block, stop
 
-    def over_blocks(first: Array, stop: Array, body: Callable[[Array, _Softmax], _Softmax], state: _Softmax) -> _Softmax:
+    def over_blocks(
+        first: Array, stop: Array, body: Callable[[Array, _Softmax], _Softmax], state: _Softmax
+    ) -> _Softmax:
         if num_blocks == 1:
             return body(jnp.int32(0), state)
         return lax.fori_loop(first, stop, body, state)
@@ -160,14 +166,15 @@ def attend_pages(
         def body(block: Array, state: _Softmax) -> _Softmax:
             pages = lax.dynamic_slice_in_dim(row_tables, block * pages_per_block, pages_per_block, 1)
             keys = k_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
-            values = v_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
             key_positions = block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+            seen = visible(place, key_positions, lens)
+            values = v_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
+            values = only_live(values, seen)
             scores = jnp.einsum("tgmd,tkgd->tgmk", grouped, keys, preferred_element_type=jnp.float32)
 
             def weigh(weights: Array) -> Array:
                 return jnp.einsum("tgmk,tkgd->tgmd", weights, values, preferred_element_type=jnp.float32)
 
-            seen = visible(place, key_positions, lens)
             return update(state, scores, seen, (key_positions - place).astype(jnp.float32), weigh)
 
         first, stop = block_range(place, lens)
@@ -191,22 +198,20 @@ def attend_pages(
             def body(block: Array, state: _Softmax) -> _Softmax:
                 pages = lax.dynamic_slice(tables, (seq, block * pages_per_block), (1, pages_per_block))[0]
                 keys = k_pages[pages].reshape(keys_per_block, num_kv_heads, -1)
-                values = v_pages[pages].reshape(keys_per_block, num_kv_heads, -1)
                 key_positions = block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+                seen = visible(place, key_positions, lens)
+                values = only_live(v_pages[pages].reshape(keys_per_block, num_kv_heads, -1), seen.any(0))
                 scores = jnp.einsum("tgmd,kgd->tgmk", queries, keys, preferred_element_type=jnp.float32)
 
                 def weigh(weights: Array) -> Array:
                     return jnp.einsum("tgmk,kgd->tgmd", weights, values, preferred_element_type=jnp.float32)
 
-                seen = visible(place, key_positions, lens)
                 return update(state, scores, seen, (key_positions - place).astype(jnp.float32), weigh)
 
             first, stop = block_range(place, lens)
             served = over_blocks(first, stop, body, start(rows)).finish()
             before = lax.dynamic_slice_in_dim(out, offset, rows)
-            out = lax.dynamic_update_slice_in_dim(
-                out, jnp.where(mine[:, None, None, None], served, before), offset, 0
-            )
+            out = lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None, None], served, before), offset, 0)
             return begin + jnp.sum(mine, dtype=jnp.int32), out
 
         empty = jnp.zeros((*grouped.shape[:3], v_pages.shape[-1]), jnp.float32)

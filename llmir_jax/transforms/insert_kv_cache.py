@@ -13,6 +13,8 @@ so far: a block holds a whole sequence. `blockify-kv-cache` cuts it into pages.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+import numpy as np
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, i32
 from xdsl.dialects.func import FuncOp
@@ -21,7 +23,7 @@ from xdsl.passes import ModulePass
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
-from llmir_jax.dialects.build import OpBuilder, dtype_of, shape_of, tensor, type_of
+from llmir_jax.dialects.build import OpBuilder, dtype_element_type, dtype_of, shape_of, tensor, type_of
 from llmir_jax.transforms import signature
 
 
@@ -33,11 +35,11 @@ class _Shape:
 
 
 def _cache_shape(op: llm.AttentionOp) -> _Shape:
-    """What the cache of a layer holds; the wider of the two element types, the larger of the two head dims."""
+    """What the cache of a layer holds: an element type that holds both exactly, the larger of the two head dims."""
     _, num_kv_heads, key_dim = shape_of(op.k)
     value_dim = shape_of(op.v)[2]
-    wider = op.k if dtype_of(op.k).itemsize >= dtype_of(op.v).itemsize else op.v
-    return _Shape(num_kv_heads, max(key_dim, value_dim), type_of(wider).get_element_type())
+    common = np.dtype(jnp.promote_types(dtype_of(op.k), dtype_of(op.v)))
+    return _Shape(num_kv_heads, max(key_dim, value_dim), dtype_element_type(common))
 
 
 def _padded(build: OpBuilder, x: SSAValue, size: int) -> SSAValue:

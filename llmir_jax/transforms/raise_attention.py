@@ -295,7 +295,9 @@ class _Raiser:
         """The atoms of `target`'s dims, along a path of operations that keep the elements of the scores apart."""
         path = self._path(source.results[0], target, {})
         if path is None:
-            raise NotRaised("the weights are not laid out as the scores are (tokens are added to or taken from the keys)")
+            raise NotRaised(
+                "the weights are not laid out as the scores are (tokens are added to or taken from the keys)"
+            )
         for op, operand in path:
             if isinstance(op, stablehlo.TransposeOp):
                 dims = [dims[p] for p in ints(op.permutation)]
@@ -380,8 +382,10 @@ class _Raiser:
         part = extract(outputs, [scores.results[0], self.options.positions, *opaque])
         values = self._parameters(part, 2 + len(opaque))
         contents = [self.options.contents(x) for x in opaque]
-        layout = (tuple(map(tuple, scores_dims)), tuple(map(tuple, weights_dims)), tuple(heads), queries, keys, score)
-        data = tuple(np.asarray(v).tobytes() for v in [*values.values(), *(c[2] for c in contents)])
+        places = (scores_dims, weights_dims, normaliser_dims or [])
+        sizes = tuple(self.atoms.shape([*heads, queries, keys]))
+        layout = (*(tuple(map(tuple, dims)) for dims in places), tuple(heads), queries, keys, sizes, score)
+        data = tuple(np.asarray(v).tobytes() for v in [*values.values(), *(x for c in contents for x in c)])
         key = (part.key, layout, data)
         if key not in self.cache:
             maps = [
@@ -442,12 +446,11 @@ class _Raiser:
             tolerance=tolerance,
             factors=_factors(part),
         )
+        lengths = (self.length, self.axis.alignment.other_length)
         for which, other in enumerate(maps[1:]):
             if isinstance(form, str):
                 break
-            reason = consistent(
-                other, form, heads=num_heads, length=self.length - 2 * which, tolerance=tolerance, seed=which
-            )
+            reason = consistent(other, form, heads=num_heads, length=lengths[which], tolerance=tolerance, seed=which)
             if reason is not None:
                 return f"it changes with the sequence length: {reason}"
         return form
@@ -498,7 +501,11 @@ class _Raiser:
                 flat = [a for d in normaliser_dims for a in d]
                 divisor = out[1].astype(np.float64).reshape(self.atoms.shape(flat))
                 extra = tuple(i for i, a in enumerate(flat) if a not in order)
-                divisor = divisor.max(axis=extra) if extra else divisor
+                if extra:
+                    varied = np.ptp(divisor, axis=extra) > 1e-6 * np.abs(divisor).max(axis=extra)
+                    if varied.any():
+                        raise NotRaised("the sum that normalises the weights differs between the values' dims")
+                    divisor = divisor.max(axis=extra)
                 kept = [a for a in flat if a in order]
                 divisor = np.transpose(divisor, [kept.index(a) for a in order if a in kept])
                 shape = [self.atoms.sizes[a] if a in kept else 1 for a in order]
@@ -550,7 +557,9 @@ class _Raiser:
             else:
                 v_dims.append(self.atoms.dim(size))
         own = [a for d, dim in enumerate(v_dims) if d not in v_batch and d not in v_sum for a in dim]
-        w_free = [dim for d, dim in enumerate(weights_dims) if d not in w_batch and d != self._contracted(weights_first)]
+        w_free = [
+            dim for d, dim in enumerate(weights_dims) if d not in w_batch and d != self._contracted(weights_first)
+        ]
         v_free = [dim for d, dim in enumerate(v_dims) if d not in v_batch and d not in v_sum]
         batch = [weights_dims[d] for d in w_batch]
         out_dims = batch + (w_free + v_free if weights_first else v_free + w_free)
@@ -571,9 +580,7 @@ class _Raiser:
         final_dims = end_dims()
         if final_dims is None:
             raise NotRaised("a reshape before the late normalisation cuts heads or tokens unevenly")
-        q_part, k_part = (
-            score_parts if queries in self._flat(score_parts[0][1]) else (score_parts[1], score_parts[0])
-        )
+        q_part, k_part = score_parts if queries in self._flat(score_parts[0][1]) else (score_parts[1], score_parts[0])
         build = OpBuilder(self.op)
         key_source, key_dims = self._unrepeat(k_part[0], self.atoms.refine(k_part[1]))
         value_source, value_dims = self._unrepeat(values, self.atoms.refine(v_dims))
@@ -679,7 +686,11 @@ class _Raiser:
                 dims = found
             elif isinstance(op, stablehlo.ConvertOp):
                 narrow, wide = dtype_of(op.operands[0]), dtype_of(value)
-                exact = np.promote_types(narrow, wide) == wide if narrow.kind == wide.kind else narrow.itemsize < wide.itemsize
+                exact = (
+                    np.promote_types(narrow, wide) == wide
+                    if narrow.kind == wide.kind
+                    else narrow.itemsize < wide.itemsize
+                )
                 if narrow.kind in "iub" or not exact or wide.itemsize <= narrow.itemsize:
                     return best
             elif isinstance(op, stablehlo.BroadcastInDimOp):
@@ -709,9 +720,7 @@ class _Raiser:
         value = build.transpose(value, [flat.index(a) for a in present])
         return build.broadcast(value, self.atoms.shape(wanted), [wanted.index(a) for a in present])
 
-    def _restore(
-        self, build: OpBuilder, value: SSAValue, order: list[int], dims: AtomDims, end: Operation
-    ) -> SSAValue:
+    def _restore(self, build: OpBuilder, value: SSAValue, order: list[int], dims: AtomDims, end: Operation) -> SSAValue:
         flat = self._flat(dims)
         value = build.reshape(value, self.atoms.shape(order))
         value = build.transpose(value, [order.index(a) for a in flat])

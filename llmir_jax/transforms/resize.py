@@ -8,7 +8,7 @@ import numpy as np
 from xdsl.dialects.builtin import DenseIntOrFPElementsAttr, TensorType
 from xdsl.ir import Attribute, Operation
 
-from llmir_jax.dialects.build import dense_i64, ints, splat_of
+from llmir_jax.dialects.build import dense_i64, ints, shape_of, splat_of
 from llmir_jax.errors import UnsupportedModelError
 from llmir_jax.interop import dense_from_numpy, op_name
 
@@ -38,7 +38,8 @@ def resize_properties(op: Operation, old: int, new: int) -> dict[str, Attribute]
     changed: dict[str, Attribute] = {}
     for key in _SIZE_PROPERTIES.get(name, ()):
         before = ints(op.properties[key])
-        after = resized(before, old, new)
+        follows = [bool(n) and n % old == 0 for n in shape_of(op.operands[0])]
+        after = tuple(resized((n,), old, new)[0] if f else n for n, f in zip(before, follows, strict=True))
         if before != after:
             changed[key] = dense_i64(after)
     if name == "stablehlo.constant":

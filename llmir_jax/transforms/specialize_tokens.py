@@ -31,15 +31,18 @@ class SpecializeTokensPass(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         length = op.attributes.get(LENGTH)
         if not isinstance(length, IntegerAttr):
-            raise InvalidIRError(f"specialize-tokens: the module has no attribute {LENGTH}, the length it was derived at")
+            raise InvalidIRError(
+                f"specialize-tokens: the module has no attribute {LENGTH}, the length it was derived at"
+            )
         if self.tokens < 1:
             raise InvalidIRError(f"specialize-tokens: tokens must be at least 1, got {self.tokens}")
         old = length.value.data
         main = main_function(op)
+        for inner in main.body.walk():  # while the operands still tell which sizes follow the tokens
+            inner.properties.update(resize_properties(inner, old, self.tokens))
         for arg in main.body.block.args:
             signature.retype(arg, resized_type(arg.type, old, self.tokens))
         for inner in main.body.walk():
-            inner.properties.update(resize_properties(inner, old, self.tokens))
             for result in inner.results:
                 signature.retype(result, resized_type(result.type, old, self.tokens))
         signature.sync(main)
