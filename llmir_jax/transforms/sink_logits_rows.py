@@ -22,13 +22,22 @@ from xdsl.transforms.dead_code_elimination import dce
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.evaluate import external_operands
+from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, shape_of
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.resize import resize_properties, resized_type
 from llmir_jax.transforms.specialize_tokens import LENGTH
 
-_STOP = ("llm.",)
+_STOP = (
+    llm.AttendPagesOp,
+    llm.AttentionOp,
+    llm.AppendKVOp,
+    llm.LookupKVOp,
+    llm.PagedAttentionOp,
+    llm.WritePagesOp,
+)
+"""What reads or writes other tokens: rows are gathered of its results. Other llm ops treat each token on its own."""
 
 
 def _needed(roots: list[SSAValue]) -> set[Operation]:
@@ -70,7 +79,7 @@ class _Sinker:
                 pending.pop()
                 continue
             op = top.owner
-            if not isinstance(op, Operation) or op in self.others or op.name.startswith(_STOP):
+            if not isinstance(op, Operation) or op in self.others or isinstance(op, _STOP):
                 self.done[top] = self._gather(top)
                 pending.pop()
                 continue
