@@ -16,20 +16,19 @@ from xdsl.ir import Operation, SSAValue
 from xdsl.transforms.common_subexpression_elimination import cse
 from xdsl.transforms.dead_code_elimination import dce
 
-from llmir_jax.analysis.align import Alignment, align, location, main_function
+from llmir_jax.analysis.align import LENGTH, Alignment, align, main_function
 from llmir_jax.analysis.evaluate import extract
-from llmir_jax.analysis.token_axis import TokenAxis, analyse
+from llmir_jax.analysis.token_axis import TokenAxis
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, shape_of, tensor
 from llmir_jax.errors import LlmirError, UnsupportedModelError
-from llmir_jax.interop import op_name
 from llmir_jax.trace import Traced
 from llmir_jax.transforms import signature
+from llmir_jax.transforms.check_token_axis import analyse_main, check_token_pointwise
 from llmir_jax.transforms.inline_calls import inline_calls
 from llmir_jax.transforms.raise_attention import AttentionOptions, raise_attention
 from llmir_jax.transforms.rewrite_positions import gather_bound, rewrite_positions, table_bound
 from llmir_jax.transforms.simplify_inputs import SimplifyInputsPass
-from llmir_jax.transforms.specialize_tokens import LENGTH
 from llmir_jax.transforms.unroll_loops import unroll_loops
 
 LENGTHS = (131, 113, 67, 41, 23, 17)
@@ -254,8 +253,7 @@ def derive(
     twins = _transfer(first, traces)
     tables = _Tables(traces, other, longest)
     params = [arg for arg, _ in signature.parameter_paths(main)]
-    tokens = signature.argument(main, "tokens")
-    axis = analyse(list(main.body.block.ops), twins, params, tokens, tables.reason)
+    axis = analyse_main(main, twins, tables.reason)
     bound = gather_bound(axis, tables.longest_content)
     if bound is not None and bound[0] < max_seq_len:
         again = derive(
@@ -329,36 +327,6 @@ def _transfer(alignment: Alignment, traces: _Traces) -> Alignment:
         odd={values[k]: v for k, v in alignment.odd.items()},
         varying={forward[k]: v for k, v in alignment.varying.items()},
     )
-
-
-def _works_on_scores(op: Operation, axis: TokenAxis) -> bool:
-    return any(len(axis.info[x].token_dims) > 1 and axis.info[x].tokens for x in op.operands if x in axis.info)
-
-
-def check_token_pointwise(axis: TokenAxis, ops: Sequence[Operation]) -> None:
-    """Refuse what still mixes tokens, naming the operation, its source line and the reason."""
-    violating = [op for op in ops if op in axis.violations]
-    # the softmax of an attention that was not raised reduces over keys: its product with the values has the reason
-    roots = [op for op in violating if op_name(op) == "stablehlo.dot_general" or not _works_on_scores(op, axis)]
-    for op in roots or violating:
-        raise UnsupportedModelError(
-            f"{op_name(op)} at {location(op)}: {axis.violations[op]}. Outside of causal attention every operation must "
-            "treat each token on its own"
-        )
-    for op in ops:
-        for result in op.results:
-            info = axis.info.get(result)
-            if info is not None and info.tokens and len(info.token_dims) > 1:
-                raise UnsupportedModelError(
-                    f"{op_name(op)} at {location(op)}: pairs tokens with tokens (token axes {info.token_dims}) outside "
-                    "of attention"
-                )
-            if (
-                info is not None
-                and info.opaque
-                and any(axis.info[r].tokens for u in result.uses for r in u.operation.results if r in axis.info)
-            ):
-                raise UnsupportedModelError(f"{op_name(op)} at {location(op)}: {info.opaque}")
 
 
 def _check_logits(axis: TokenAxis, results: Sequence[SSAValue], length: int) -> None:

@@ -8,13 +8,16 @@ step to derive.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from xdsl.dialects.builtin import DenseIntOrFPElementsAttr, FunctionType, ModuleOp, TensorType
+from xdsl.dialects.builtin import DenseIntOrFPElementsAttr, FunctionType, IntegerAttr, ModuleOp, TensorType
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 
 from llmir_jax.dialects.build import splat_of
-from llmir_jax.errors import UnsupportedModelError
+from llmir_jax.errors import InvalidIRError, UnsupportedModelError
 from llmir_jax.interop import LOC, op_name
+
+LENGTH = "llmir.length"
+"""Attribute of a module: the number of tokens it was traced at."""
 
 
 def location(op: Operation) -> str:
@@ -29,6 +32,16 @@ def main_function(module: ModuleOp) -> FuncOp:
         if isinstance(op, FuncOp) and op.sym_name.data == "main":
             return op
     raise UnsupportedModelError("the module has no function @main: expected one as JAX lowers it")
+
+
+def module_length(module: ModuleOp) -> int:
+    """The number of tokens `module` was traced at."""
+    length = module.attributes.get(LENGTH)
+    if not isinstance(length, IntegerAttr) or length.value.data < 2:
+        raise InvalidIRError(
+            f"the module has no attribute {LENGTH}: expected the number of tokens it was traced at, at least 2"
+        )
+    return int(length.value.data)
 
 
 @dataclass
@@ -46,7 +59,6 @@ class Alignment:
     varying: dict[Operation, frozenset[str]] = field(default_factory=dict)
     """Properties of an operation that depend on the length."""
 
-
     def widen(self, other: "Alignment") -> None:
         """Take in what an alignment of the same first trace with a third one found: what varies in either, varies."""
         for op, names in other.varying.items():
@@ -55,7 +67,9 @@ class Alignment:
             self.odd.setdefault(value, reason)
         for value, multiples in other.token_sized.items():
             if self.token_sized.get(value, multiples) != multiples:
-                self.odd.setdefault(value, f"has an axis that follows {self.length} tokens but not {other.other_length}")
+                self.odd.setdefault(
+                    value, f"has an axis that follows {self.length} tokens but not {other.other_length}"
+                )
         for value in self.odd:
             self.token_sized.pop(value, None)
 
@@ -65,6 +79,48 @@ def align(first: ModuleOp, second: ModuleOp, length: int, other_length: int) -> 
     result = Alignment(length, other_length)
     _align_blocks(main_function(first).body.block, main_function(second).body.block, result)
     return result
+
+
+def align_by_size(main: FuncOp, length: int) -> Alignment:
+    """The alignment of a module of which there is one trace, at a length that divides no size of the model's own.
+
+    A dim follows the tokens if `length` divides it. What depends on the length then is a constant that holds more than
+    one value along such a dim, or a part as long as the sequence of something that is not.
+    """
+    result = Alignment(length, length)
+    for arg in main.body.block.args:
+        _size(arg, result)
+    for op in main.body.walk():
+        result.ops[op] = op
+        for value in (*op.results, *(arg for region in op.regions for block in region.blocks for arg in block.args)):
+            _size(value, result)
+        if names := _varying_by_size(op, result):
+            result.varying[op] = names
+    return result
+
+
+def _size(value: SSAValue, result: Alignment) -> None:
+    result.values[value] = value
+    if isinstance(value.type, TensorType):
+        shape = value.type.get_shape()
+        result.token_sized[value] = tuple(0 if n % result.length else n // result.length for n in shape)
+
+
+def _varying_by_size(op: Operation, result: Alignment) -> frozenset[str]:
+    name = op_name(op)
+    if name == "stablehlo.constant":
+        several = any(result.token_sized[op.results[0]]) and splat_of(op.properties["value"]) is None
+        return frozenset({"value"} if several else ())
+    sizes = {
+        "stablehlo.slice": "limit_indices",
+        "stablehlo.dynamic_slice": "slice_sizes",
+        "stablehlo.gather": "slice_sizes",
+    }
+    if name not in sizes:
+        return frozenset()
+    source, target = (result.token_sized[x] for x in (op.operands[0], op.results[0]))
+    follows = name == "stablehlo.gather" or source != target
+    return frozenset({sizes[name]} if follows and any((*source, *target)) else ())
 
 
 def _align_blocks(a: Block, b: Block, result: Alignment) -> None:

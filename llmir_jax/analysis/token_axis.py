@@ -305,6 +305,13 @@ class _Rules:
             moves |= {d for d, pair in enumerate(dense_to_numpy(padding).reshape(-1, 2)) if pair.any()}
         return self.along(op, sorted(moves), "accumulates, pools or shifts")
 
+    def attention(self, op: Operation) -> tuple[list[Dims], str | None]:
+        """Attention that has been raised: causal, so it is one a cache serves."""
+        plain = all(
+            tuple(d is not None and d.plain for d in self.dims(x)) == (True, False, False) for x in op.operands[:3]
+        )
+        return [self.sized(op.results[0])], None if plain else "attends to something that is not [tokens, heads, dim]"
+
     def unknown(self, op: Operation) -> tuple[list[Dims], str | None]:
         touches = any(self.axis.info[x].token_dims for x in op.operands if x in self.axis.info)
         touches = touches or any(any(self.sized(r)) for r in op.results)
@@ -368,6 +375,7 @@ def _rule(op: Operation, rules: _Rules) -> tuple[list[Dims], str | None]:
         "stablehlo.gather": rules.gather,
         "stablehlo.scatter": rules.scatter,
         "stablehlo.reduce_window": rules.reduce_window,
+        "llm.attention": rules.attention,
         "stablehlo.sort": lambda o: rules.along(o, [_int(o, "dimension")], "sorts"),
         "chlo.top_k": lambda o: rules.along(o, _last_dim(o), "selects"),
         "stablehlo.reverse": lambda o: rules.along(o, ints(_attr(o, "dimensions")), "reverses"),
@@ -395,8 +403,9 @@ def analyse(
     params: Sequence[SSAValue],
     tokens: SSAValue,
     table_reason: Callable[[SSAValue], str | None],
+    positions: Sequence[SSAValue] = (),
 ) -> TokenAxis:
-    """Analyse the operations of @main in order.
+    """Analyse the operations of @main in order. `positions` is the input of positions, once there is one.
 
     `table_reason(value)` decides, for a value of positions alone that is not pointwise, whether it is a table of the
     position: None if it is, else the reason it is not.
@@ -406,6 +415,8 @@ def analyse(
     for value in params:
         axis.info[value] = ValueInfo(dims=rules.sized(value), params=True)
     axis.info[tokens] = ValueInfo(dims=rules.sized(tokens), tokens=True)
+    for value in positions:
+        axis.info[value] = ValueInfo(dims=rules.sized(value), positions=True)
     for op in block_ops:
         if op.results:
             _analyse_op(op, axis, rules, table_reason)

@@ -17,10 +17,14 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Operation, OpResult, SSAValue
+from xdsl.passes import ModulePass
+from xdsl.transforms.dead_code_elimination import dce
 from xdsl_jax.dialects import stablehlo
 
-from llmir_jax.analysis.align import location
+from llmir_jax.analysis.align import location, main_function
 from llmir_jax.analysis.evaluate import Subgraph, backward_slice, external_operands, extract
 from llmir_jax.analysis.layout import AtomDims, Atoms
 from llmir_jax.analysis.masks import MaskForm, ScoreFunction, classify, consistent
@@ -29,6 +33,8 @@ from llmir_jax.analysis.token_axis import TokenAxis, ValueInfo, is_elementwise
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, dtype_of, ints, scalar_constant, shape_of, tensor, type_of
 from llmir_jax.interop import op_name
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.check_token_axis import analyse_file, unknown_from_one_trace
 
 TOLERANCE = {2: 2e-2, 4: 2e-5, 8: 1e-6}
 """How far an evaluated weight may be from the hypothesis, by bytes of its float dtype."""
@@ -725,3 +731,27 @@ class _Raiser:
         value = build.reshape(value, self.atoms.shape(order))
         value = build.transpose(value, [order.index(a) for a in flat])
         return build.reshape(value, shape_of(end.results[0]))
+
+
+@dataclass(frozen=True)
+class RaiseAttentionPass(ModulePass):
+    """Raise attention in a module of which there is one trace. `max_seq_len` bounds the positions a mask is probed at."""
+
+    name = "raise-attention"
+
+    max_seq_len: int = 4096
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        main = main_function(op)
+        options = AttentionOptions(
+            positions=signature.argument(main, "positions"),
+            max_seq_len=self.max_seq_len,
+            parameter_values={},
+            contents=_unknown_content,
+        )
+        raise_attention(analyse_file(op), list(main.body.block.ops), options)
+        dce(op)
+
+
+def _unknown_content(value: SSAValue) -> tuple[Any, Any, Any]:
+    raise NotRaised(f"the mask uses a value of positions, of which {unknown_from_one_trace(value)}")

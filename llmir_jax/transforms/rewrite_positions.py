@@ -10,16 +10,23 @@ be the same function of the position at each.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp, i32
 from xdsl.ir import Operation, SSAValue
+from xdsl.passes import ModulePass
+from xdsl.transforms.dead_code_elimination import dce
 from xdsl_jax.dialects import stablehlo
 
-from llmir_jax.analysis.align import Alignment, location
+from llmir_jax.analysis.align import Alignment, location, main_function, module_length
 from llmir_jax.analysis.token_axis import TokenAxis, ValueInfo
-from llmir_jax.dialects.build import OpBuilder, dense_i64, dtype_of, ints, shape_of, type_of
+from llmir_jax.dialects.build import OpBuilder, dense_i64, dtype_of, ints, shape_of, tensor, type_of
 from llmir_jax.interop import op_name
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.check_token_axis import analyse_file
 from llmir_jax.transforms.unroll_loops import constant_of
 
 
@@ -45,9 +52,7 @@ def _start(op: Operation, dim: int) -> int:
     return 0 if start is None else int(start)
 
 
-def gather_bound(
-    axis: TokenAxis, content: Callable[[SSAValue], np.ndarray[Any, Any] | None]
-) -> tuple[int, str] | None:
+def gather_bound(axis: TokenAxis, content: Callable[[SSAValue], np.ndarray[Any, Any] | None]) -> tuple[int, str] | None:
     """The first position that has no row in a table indexed by a function of positions, and where that table is read.
 
     None if every position has its rows. `content(value)` evaluates an index for the longest sequence, None if it cannot.
@@ -106,9 +111,7 @@ def _iota(build: OpBuilder, op: Operation, positions: SSAValue) -> SSAValue:
     return build.broadcast(build.convert(positions, element), shape_of(op.output), [along])
 
 
-def _gather_table(
-    build: OpBuilder, table: np.ndarray[Any, Any], info: ValueInfo, positions: SSAValue
-) -> SSAValue:
+def _gather_table(build: OpBuilder, table: np.ndarray[Any, Any], info: ValueInfo, positions: SSAValue) -> SSAValue:
     value = build.constant(np.ascontiguousarray(table))
     for dim in info.token_dims:
         value = build.take(value, positions, dim)
@@ -133,12 +136,9 @@ def _table_slice(op: Operation, info: ValueInfo, source: ValueInfo, positions: S
         return value
     # the slice also took part of other dims
     if isinstance(op, stablehlo.SliceOp):
-
-
         start = [0 if d in new_dims else s for d, s in enumerate(ints(op.start_indices))]
         limit = [shape_of(value)[d] if d in new_dims else s for d, s in enumerate(ints(op.limit_indices))]
         strides = [1 if d in new_dims else s for d, s in enumerate(ints(op.strides))]
-
 
         return build.op(
             stablehlo.SliceOp,
@@ -148,7 +148,27 @@ def _table_slice(op: Operation, info: ValueInfo, source: ValueInfo, positions: S
             limit_indices=dense_i64(limit),
             strides=dense_i64(strides),
         )
-    starts = [
-        build.constant(np.zeros((), dtype_of(x))) if d in new_dims else x for d, x in enumerate(op.operands[1:])
-    ]
+    starts = [build.constant(np.zeros((), dtype_of(x))) if d in new_dims else x for d, x in enumerate(op.operands[1:])]
     return build.op(stablehlo.DynamicSliceOp, [value, *starts], result.type, **dict(op.properties))
+
+
+@dataclass(frozen=True)
+class RewritePositionsPass(ModulePass):
+    """Add the positions argument and use it for what one trace shows to be positions: iotas and slices of tables."""
+
+    name = "rewrite-positions"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        main = main_function(op)
+        axis = analyse_file(op)
+        assert not axis.tables, "with one trace nothing is proved to be a table"
+        given = signature.arguments(main, "positions")
+        if not given:
+            given = [signature.add_argument(main, "positions", tensor((module_length(op),), i32))]
+        rewrite_positions(axis, given[0], axis_has_no_tables)
+        dce(op)
+
+
+def axis_has_no_tables(value: SSAValue) -> np.ndarray[Any, Any]:
+    """The content of a table, where the analysis found none."""
+    raise AssertionError(value)

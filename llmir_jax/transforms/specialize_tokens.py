@@ -12,12 +12,10 @@ from xdsl.context import Context
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from xdsl.passes import ModulePass
 
-from llmir_jax.analysis.align import main_function
+from llmir_jax.analysis.align import LENGTH, main_function
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.resize import resize_properties, resized_type
-
-LENGTH = "llmir.length"
 
 
 @dataclass(frozen=True)
