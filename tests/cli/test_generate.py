@@ -1,0 +1,250 @@
+"""`llmir generate`: answers, options, and bad input."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from command_line import Run, assert_one_line_error
+
+import llmir_jax as llmir
+
+FIXED = ("--max-seq-len", 64, "--no-verify")  # one shape for most of the tests
+
+
+def greedy(loaded: llmir.Loaded, ids: list[int], num_tokens: int) -> list[int]:
+    """By the plain forward on the whole text, once for each token."""
+    forward = jax.jit(loaded.forward)
+    padded = np.zeros((1, 128), np.int32)  # one shape; what comes later is not seen
+    for end in range(len(ids), len(ids) + num_tokens):
+        padded[0, : len(ids)] = ids
+        ids = [*ids, int(np.argmax(forward(loaded.model, padded)[0, end - 1]))]
+    return ids[-num_tokens:]
+
+
+def test_json(run: Run, chat_model: Path) -> None:
+    """The chat template, the self-check, and every field; the same text comes without --json."""
+    common = ("generate", "Hi", "-m", chat_model, "--system", "Be brief", "-n", 6, "--ignore-eos")
+    result = run(*common, "--json", "--logprobs", 2, "--report")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    loaded = llmir.load(chat_model)
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    ids = loaded.encode_chat(messages)
+    assert loaded.tokenizer is not None
+    assert answer["prompt_tokens"] == len(ids) == len("[system]Be brief\n[user]Hi\n[assistant]")
+    assert answer["token_ids"] == greedy(loaded, ids, 6)
+    assert answer["text"] == loaded.tokenizer.decode(answer["token_ids"])
+    assert answer["finish_reason"] == "length" and answer["stop_reason"] is None
+    assert [len(entry["top"]) for entry in answer["logprobs"]] == [2] * 6
+    assert [entry["top"][0][0] for entry in answer["logprobs"]] == answer["token_ids"]
+    times = answer["timings"]
+    parts = ("load_s", "derive_s", "self_check_s", "compile_s")
+    assert set(times) == {*parts, "first_token_s", "total_s", "tok_s"} and all(value > 0 for value in times.values())
+    assert times["load_s"] + times["derive_s"] + times["self_check_s"] <= times["first_token_s"] <= times["total_s"]
+    assert "self-check: passed" in result.stderr and "2 layers: 4 heads" in result.stderr
+    assert run(*common, "--no-verify").stdout == answer["text"] + "\n"
+
+
+def test_a_prompt_from_stdin(run: Run, chat_model: Path) -> None:
+    common = ("-m", chat_model, "--raw", "-n", 3, "--ignore-eos", *FIXED)
+    expected = run("generate", "Once upon", *common)
+    assert expected.exit_code == 0, expected.output
+    for arguments in (("generate",), ("generate", "-")):
+        assert run(*arguments, *common, stdin="Once upon\n").stdout == expected.stdout
+
+
+def test_a_model_without_a_tokenizer_speaks_in_token_ids(run: Run, plain_model: Path) -> None:
+    loaded = llmir.load(plain_model)
+    result = run("generate", "-m", plain_model, "--token-ids", "5, 6 7", "-n", 4, "--ignore-eos", *FIXED)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == " ".join(map(str, greedy(loaded, [5, 6, 7], 4))) + "\n"
+
+
+def test_sampling_options_reach_the_sampler(run: Run, chat_model: Path) -> None:
+    common = ("generate", "Hi", "-m", chat_model, "--json", "--ignore-eos", *FIXED, "-n", 12, "-t", 5)
+
+    def tokens(*options: Any) -> list[int]:
+        result = run(*common, *options)
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.stdout)
+        assert len(answer["token_ids"]) == 12
+        return list(answer["token_ids"])
+
+    drawn = tokens("--seed", 3)
+    assert drawn == tokens("--seed", 3) and drawn != tokens("--seed", 4)
+    likeliest = json.loads(run(*common[:-1], 0).stdout)["token_ids"]
+    for option in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):
+        assert tokens(*option) == likeliest
+    assert (
+        len(set(tokens("--top-k", 1, "--repetition-penalty", 100))) > len(set(likeliest)) or len(set(likeliest)) == 12
+    )
+
+
+def test_stop_text(run: Run, chat_model: Path) -> None:
+    common = ("generate", "Hi", "-m", chat_model, "--json", "--ignore-eos", *FIXED, "-n", 12, "-t", 5, "--seed", 3)
+    text = json.loads(run(*common).stdout)["text"]
+    stop = text[4:6]
+    answer = json.loads(run(*common, "--stop", stop, "--stop", "never to be seen").stdout)
+    assert answer["text"] == text[: text.index(stop)]
+    assert (answer["finish_reason"], answer["stop_reason"]) == ("stop", stop)
+
+
+def test_the_cache_has_the_size_that_is_asked_for(run: Run, chat_model: Path) -> None:
+    common = ("generate", "Hi", "-m", chat_model, "--raw", "-n", 2, "--report", "--no-verify", "--ignore-eos")
+    sizes = (((), "up to 256 tokens"), (("--max-seq-len", 40, "--page-size", 8), "up to 40 tokens"))
+    for options, expected in (*sizes, (("--num-pages", 3), "up to 48 tokens")):
+        result = run(*common, *options)
+        assert result.exit_code == 0 and expected in result.stderr, result.output
+
+
+def test_compiled_programs_are_kept(run: Run, chat_model: Path, tmp_path: Path) -> None:
+    assert run("generate", "Hi", "-m", chat_model, "-n", 1, *FIXED).exit_code == 0
+    assert any((tmp_path / "cache" / "xla").iterdir())
+
+
+def test_a_chat(run: Run, chat_model: Path) -> None:
+    """The second answer is to the whole conversation; empty lines are no questions."""
+    loaded = llmir.load(chat_model)
+    assert loaded.tokenizer is not None
+    result = run("generate", "-m", chat_model, "-i", "-n", 4, "--ignore-eos", "--no-verify", stdin="Hi\n\nAnd you?\n")
+    assert result.exit_code == 0, result.output
+    messages, expected = [], ""
+    for question in ("Hi", "And you?"):
+        messages.append({"role": "user", "content": question})
+        said = loaded.tokenizer.decode(greedy(loaded, loaded.encode_chat(messages), 4))
+        messages.append({"role": "assistant", "content": said})
+        expected += said + "\n"
+    assert result.stdout == expected
+    assert_one_line_error(
+        run("generate", "-m", chat_model, "-i", "--max-seq-len", 20, "--no-verify", stdin="A question too long\n"),
+        1,
+        "conversation is at its end",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-n", 0), ["--max-tokens", "0"]),
+        (("-n", -1), ["--max-tokens", "-1"]),
+        (("-n", "many"), ["--max-tokens", "many"]),
+        (("-t", "nan"), ["temperature"]),
+        (("-t", -1), ["temperature"]),
+        (("--top-k", 0), ["top_k"]),
+        (("--top-p", 1.5), ["top_p"]),
+        (("--min-p", 2), ["min_p"]),
+        (("--repetition-penalty", 0), ["repetition_penalty"]),
+        (("--seed", -1), ["seed"]),
+        (("--stop", ""), ["stop"]),
+        (("--logprobs", 2), ["--json"]),
+        (("--json", "--logprobs", 21), ["logprobs"]),
+        (("--dtype", "int8"), ["--dtype", "float32"]),
+        (("--page-size", 0), ["--page-size"]),
+        (("--num-pages", -3), ["--num-pages"]),
+        (("--system", "x", "--raw"), ["--raw"]),
+        (("--token-ids", "1,2"), ["PROMPT"]),
+        (("--interactive",), ["--interactive"]),
+        (("--quantize", "int4"), ["--quantize"]),
+        (("again",), ["again"]),
+    ],
+)
+def test_wrong_usage(run: Run, arguments: tuple[Any, ...], words: list[str]) -> None:
+    """Said before a model is looked for."""
+    assert_one_line_error(run("generate", "Hi", "-m", "no/such", *arguments), 2, *words, "llmir generate --help")
+
+
+@pytest.mark.parametrize("value", ["", ",", "1,x", "1.5"])
+def test_token_ids_that_are_none(run: Run, value: str) -> None:
+    assert_one_line_error(run("generate", "--token-ids", value), 2)
+
+
+@pytest.mark.parametrize("ids", ["96", "5,-1", "123456789012345678901234567890"])
+def test_token_ids_out_of_range(run: Run, chat_model: Path, ids: str) -> None:
+    assert_one_line_error(run("generate", "-m", chat_model, "--token-ids", ids), 1, "token id", "0 to 95")
+
+
+@pytest.mark.parametrize("arguments", [("generate", ""), ("generate", "-"), ("generate",)])
+def test_an_empty_prompt(run: Run, arguments: tuple[str, ...]) -> None:
+    assert_one_line_error(run(*arguments, stdin="\n"), 1, "the prompt is empty")
+
+
+def test_a_prompt_that_is_no_text(run: Run) -> None:
+    assert_one_line_error(run("generate", stdin=b"caf\xe9"), 1, "prompt on stdin", "utf-8")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("-n", 300), ("--max-seq-len", 10), ("--num-pages", 2, "--page-size", 4), ("-n", 60, "--max-seq-len", 64)],
+)
+def test_a_prompt_longer_than_the_cache(run: Run, chat_model: Path, options: tuple[Any, ...]) -> None:
+    result = run("generate", "Hello there", "-m", chat_model, *options)
+    assert_one_line_error(result, 1, "prompt has", "shorten the prompt")
+
+
+def test_a_prompt_longer_than_the_context(run: Run, chat_model: Path) -> None:
+    assert_one_line_error(run("generate", "a" * 500, "-m", chat_model), 1, "more than the 256")
+
+
+def test_models_that_lack_something(run: Run, chat_model: Path, plain_model: Path, tmp_path: Path) -> None:
+    assert_one_line_error(run("generate", "Hi", "-m", plain_model), 1, "no tokenizer", "--token-ids")
+    assert_one_line_error(run("generate", "-i", "-m", plain_model, stdin="Hi\n"), 1, "no chat template")
+    bare = shutil.copytree(chat_model, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    assert_one_line_error(run("generate", "Hi", "--system", "x", "-m", bare), 1, "no chat template")
+
+
+def damaged(folder: Path, how: str) -> Path:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    match how:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        case "corrupt":
+            weights.write_bytes(b"\xff" * 100)
+        case "no weights":
+            weights.unlink()
+        case "no config":
+            config.unlink()
+        case "unknown architecture":
+            config.write_text(config.read_text().replace("qwen3", "mamba").replace("Qwen3", "Mamba"))
+        case "config is no JSON":
+            config.write_text("{")
+        case "tokenizer is no JSON":
+            (folder / "tokenizer.json").write_text("{")
+        case "empty file":
+            (folder / "x.gguf").write_bytes(b"")
+            return folder / "x.gguf"
+        case "missing":
+            shutil.rmtree(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "corrupt",
+        "no weights",
+        "no config",
+        "unknown architecture",
+        "config is no JSON",
+        "tokenizer is no JSON",
+        "empty file",
+        "missing",
+    ],
+)
+def test_damaged_checkpoints(run: Run, chat_model: Path, tmp_path: Path, how: str) -> None:
+    path = damaged(shutil.copytree(chat_model, tmp_path / "model"), how)
+    for command in (("generate", "Hi", "-m", path), ("compile", path)):
+        assert_one_line_error(run(*command), 1, str(tmp_path))
+
+
+def test_weights_that_are_not_numbers(run: Run, chat_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-4000:] = b"\xff" * 4000  # NaNs
+    (folder / "model.safetensors").write_bytes(data)
+    assert_one_line_error(run("generate", "Hi", "-m", folder, *FIXED), 1, "not numbers")
