@@ -91,6 +91,19 @@ def scan_flags_cond(seed: int) -> Built:
     return stacked_lm(seed, run, layers=4)
 
 
+@derivable("scan with a kind per layer, window by lax.switch")
+def scan_kinds_switch(seed: int) -> Built:
+    def run(params, x):
+        def body(x, layer):
+            p, kind = layer
+            kinds = [partial(windowed_block, local=True), partial(windowed_block, local=False), block]
+            return lax.switch(kind, kinds, p, x), None
+
+        return lax.scan(body, x, (params["blocks"], jnp.array([2, 0, 1])))[0]
+
+    return stacked_lm(seed, run)
+
+
 @derivable("scan with a window width per layer, a leaf of the model")
 def scan_window_widths(seed: int) -> Built:
     def run(params, x):

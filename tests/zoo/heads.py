@@ -315,3 +315,64 @@ def other_value_size(seed: int) -> Built:
         }
 
     return toy_lm(seed, lambda p, h: merge(p, causal_attention(*heads_of(p, h))), weights)
+
+
+@derivable("GQA with keys changed for each query head after the repeat", "rotary after the repeat")
+def gqa_changed_after_repeat(seed: int) -> Built:
+    def weights(init):
+        return gqa_weights(init) | {"bias": init.near(0.0, 6, 6), "gain": init.near(1.0, 6, 1)}
+
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        k = jnp.repeat(k, 3, axis=2) + p["bias"]
+        angle = jnp.arange(h.shape[1])[:, None, None] * jnp.array([1.0, 0.3, 0.1])
+
+        def rotate(x):
+            a, b = jnp.split(x, 2, -1)
+            cos, sin = jnp.cos(angle), jnp.sin(angle)
+            return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+        return merge(p, causal_attention(rotate(q), rotate(k), jnp.repeat(v, 3, axis=2) * p["gain"]))
+
+    return toy_lm(seed, attend, weights)
+
+
+@derivable("scores that contract two axes", "one head of several parts")
+def scores_over_two_axes(seed: int) -> Built:
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        w = causal_softmax(jnp.einsum("btnd,bsnd->bts", q, k) * 0.2)
+        return merge(p, jnp.einsum("bts,bsnd->btnd", w, v))
+
+    return toy_lm(seed, attend)
+
+
+@derivable("values through the output projection before the weights: keys and heads summed at once")
+def output_projection_first(seed: int) -> Built:
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        w = causal_softmax(jnp.einsum("bthd,bshd->bhts", q, k) * 0.3)
+        return jnp.einsum("bhts,bshc->btc", w, jnp.einsum("bshd,hdc->bshc", v, p["o"]))
+
+    return toy_lm(seed, attend)
+
+
+@derivable("multi-head latent attention with absorbed projections: MQA on the latent, which is also the value")
+def latent_absorbed(seed: int) -> Built:
+    def weights(init):
+        return {
+            "q": init(WIDTH, 3, 6),
+            "down": init(WIDTH, 8),
+            "k": init(8, 3, 6, fan_in=6),
+            "v": init(8, 3, 7),
+            "o": init(3, 7, WIDTH, fan_in=21),
+        }
+
+    def attend(p, h):
+        latent = h @ p["down"]
+        q = jnp.einsum("bthd,rhd->bthr", jnp.einsum("btc,chd->bthd", h, p["q"]), p["k"])
+        w = causal_softmax(jnp.einsum("bthr,bsr->bhts", q, latent) * 0.4)
+        o = jnp.einsum("bhts,bsr->bthr", w, latent)
+        return merge(p, jnp.einsum("bthr,rhd->bthd", o, p["v"]))
+
+    return toy_lm(seed, attend, weights)

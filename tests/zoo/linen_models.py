@@ -183,7 +183,8 @@ class DenseGeneral(nn.Module):
     def __call__(self, x):
         axis = tuple(a % x.ndim for a in self.axis)
         fan_in = int(np.prod([x.shape[a] for a in axis]))
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (fan_in, int(np.prod(self.features))))
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+        kernel = self.param("kernel", init, (fan_in, int(np.prod(self.features))))
         kernel = kernel.reshape(*(x.shape[a] for a in axis), *self.features)
         return jax.lax.dot_general(x, kernel, ((axis, tuple(range(len(axis)))), ((), ())))
 
@@ -244,11 +245,18 @@ class Scanned(nn.Module):
         x = nn.Embed(VOCAB, 36, embedding_init=nn.initializers.normal(1.0))(tokens)
         x = x + self.param("pos", nn.initializers.normal(0.5), (256, 36))[None, : tokens.shape[1]]
         body = nn.remat(T5xBlock, prevent_cse=False) if self.remat else T5xBlock
-        layers = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3)
+        layers = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
         x, _ = layers(scan_with=True, name="layers")(x, mask)
         return nn.Dense(VOCAB, use_bias=False)(T5Norm()(x))
 
 
-@derivable("nn.scan over layers with nn.remat", "linen", "MaxText's layer stack")
+@derivable("nn.scan over layers with nn.remat", "linen", "MaxText's layer stack", "parameters in partitioning boxes")
 def linen_scanned(seed: int) -> Built:
     return instance(Scanned(), seed)

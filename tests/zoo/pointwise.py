@@ -1,10 +1,24 @@
 """What happens token by token, outside of attention: embeddings, MLPs, experts, heads, layouts, number formats."""
 
+from dataclasses import dataclass, field
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.plain import VOCAB, WIDTH, Init, Params, causal_attention, head_weights, heads_of, merge, rms, toy_lm
+from zoo.plain import (
+    VOCAB,
+    WIDTH,
+    Init,
+    Params,
+    causal_attention,
+    head_weights,
+    heads_of,
+    merge,
+    plain_attend,
+    rms,
+    toy_lm,
+)
 from zoo.registry import Built, derivable
 
 
@@ -204,6 +218,16 @@ def sizes_of_131(seed: int) -> Built:
     return toy_lm(seed, mix=mix, extra=extra, vocab=131)
 
 
+@derivable("sizes of 131 and 262 that no parameter has")
+def sizes_of_131_inside(seed: int) -> Built:
+    def mix(params, x):
+        wide = jnp.pad(x, ((0, 0), (0, 0), (0, 131 - WIDTH))) + jnp.sin(jnp.arange(131))
+        twice = jnp.concatenate([wide, wide[..., ::-1]], axis=-1)
+        return x + twice[..., 100 : 100 + WIDTH] * jnp.tanh(twice.mean(-1, keepdims=True))
+
+    return toy_lm(seed, mix=mix)
+
+
 @derivable("int8 weights dequantized by hand", "jnp.einsum with preferred_element_type")
 def weights_int8(seed: int) -> Built:
     def extra(init):
@@ -260,3 +284,36 @@ def f16_scores_f32(seed: int) -> Built:
         return merge(p, jnp.einsum("bhqk,bkhd->bqhd", w.astype(jnp.float16), v))
 
     return cast_lm(seed, jnp.float16, attend, jnp.float16)
+
+
+@derivable("batch of one taken off at the start, put on at the end")
+def batch_of_one(seed: int) -> Built:
+    built = toy_lm(seed, lambda p, h: plain_attend(p, h[None])[0])
+    return built._replace(forward=lambda params, tokens: built.forward(params, tokens[0])[None])
+
+
+@derivable("whole forward in a lax.map over the batch")
+def batch_mapped(seed: int) -> Built:
+    built = toy_lm(seed)
+
+    def forward(params, tokens):
+        return jax.lax.map(lambda row: built.forward(params, row[None])[0], tokens)
+
+    return built._replace(forward=forward)
+
+
+@derivable("parameters in a registered dataclass with static fields, the forward its method")
+def dataclass_model(seed: int) -> Built:
+    built = toy_lm(seed, layers=2)
+
+    @jax.tree_util.register_dataclass
+    @dataclass
+    class Model:
+        weights: Params
+        gain: float
+        scale: float = field(metadata={"static": True})
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.scale * self.gain * built.forward(self.weights, tokens)
+
+    return Built(lambda model, tokens: model(tokens), Model(built.model, 0.75, 1.5), VOCAB)

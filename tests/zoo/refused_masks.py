@@ -352,7 +352,7 @@ def blocks_by_reshape(seed: int) -> Built:
         q, k, v = heads_of(p, padded)
         s = jnp.where(jnp.tri(4, dtype=bool), jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.3, -1e30)
         o = merge(p, jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(s), v))
-        return o.reshape(b, blocks * 4, WIDTH)[:, :t]
+        return o.reshape(b, blocks * 4, WIDTH)[:, :t]  # refused
 
     return toy_lm(seed, attend)
 
@@ -374,6 +374,27 @@ def top_k_attention(seed: int) -> Built:
         s = jnp.where(jnp.tri(h.shape[1], dtype=bool), s, -1e30)
         least = jax.lax.top_k(s, 4)[0][..., -1:]  # refused
         w = jax.nn.softmax(jnp.where(s >= least, s, -1e30))  # refused
+        return merge(p, jnp.einsum("bhqk,bkhd->bqhd", w, v))  # refused
+
+    return toy_lm(seed, attend)
+
+
+@refused("attention|dot_general|softmax", "quer|key|token|axis|sequence")
+def contracted_over_queries(seed: int) -> Built:
+    def attend(p, h):
+        s, v = scores_of(p, h)
+        w = jax.nn.softmax(jnp.where(jnp.tri(h.shape[1], dtype=bool), s, -1e30))  # refused
+        return merge(p, jnp.einsum("bhqk,bqhd->bkhd", w, v))  # refused: each key sums over later queries
+
+    return toy_lm(seed, attend)
+
+
+@refused("reduce|divide|attention|softmax|dot_general")
+def scores_standardised(seed: int) -> Built:
+    def attend(p, h):
+        s, v = scores_of(p, h)
+        s = s / s.std(-1, keepdims=True)  # refused: over all keys, the later ones too
+        w = jax.nn.softmax(jnp.where(jnp.tri(h.shape[1], dtype=bool), s, -1e30))  # refused
         return merge(p, jnp.einsum("bhqk,bkhd->bqhd", w, v))  # refused
 
     return toy_lm(seed, attend)

@@ -107,6 +107,22 @@ def gathered_tokens(seed: int) -> Built:
     return mixed_lm(seed, mix)
 
 
+@refused("gather|index", AXIS)
+def gathered_by_content(seed: int) -> Built:
+    def forward(params, tokens):
+        def mix(params, x):
+            return x + jnp.take_along_axis(x, (tokens % x.shape[1])[..., None], axis=1)  # refused
+
+        return toy_lm(seed, mix=mix).forward(params, tokens)
+
+    return toy_lm(seed, layers=2)._replace(forward=forward)
+
+
+@refused("scatter|slice|pad|concatenate|dynamic_update_slice", AXIS, effect="past")
+def scattered_to_the_next(seed: int) -> Built:
+    return mixed_lm(seed, lambda x: x.at[:, 1:].add(x[:, :-1]))  # refused
+
+
 @refused("slice|broadcast|gather", AXIS, effect="past")
 def first_token_everywhere(seed: int) -> Built:
     return mixed_lm(seed, lambda x: jnp.broadcast_to(x[:, :1], x.shape))  # refused

@@ -247,3 +247,19 @@ def rotary_latent(seed: int) -> Built:
         return merge(p, causal_attention(q, k, v))
 
     return toy_lm(seed, attend, weights)
+
+
+@derivable("rotary, frequencies a leaf of the model", "queries scaled by their position (Llama 4)")
+def rotary_frequency_leaf(seed: int) -> Built:
+    def weights(init):
+        return head_weights(init) | {"inv_freq": jnp.asarray(INV_FREQ)}
+
+    def attend(p: Params, h: jax.Array) -> jax.Array:
+        q, k, v = heads_of(p, h)
+        position = jnp.arange(h.shape[1], dtype=jnp.float32)
+        angle = position[:, None] * p["inv_freq"]
+        q, k = (half_split(a, jnp.cos(angle), jnp.sin(angle)) for a in (q, k))
+        q = q * (1 + 0.3 * jnp.log(jnp.floor((position + 1) / 4) + 1))[:, None, None]
+        return merge(p, causal_attention(q, k, v))
+
+    return toy_lm(seed, attend, weights)

@@ -341,3 +341,108 @@ def mixed_precision(seed: int) -> Built:
 
     built = toy_lm(seed, attend, weights, dtype=jnp.bfloat16)
     return Built(built.forward, built.model, VOCAB)
+
+
+@tricky("row means of all scores subtracted before the mask: shifts a row, changes nothing")
+def scores_centred(seed: int) -> Built:
+    def attend(p, h):
+        s, mask, v = scores_of(p, h)
+        s = s - s.mean(-1, keepdims=True)
+        return weighted(p, jax.nn.softmax(jnp.where(mask, s, -1e30)), v)
+
+    return toy_lm(seed, attend)
+
+
+@tricky("scores clipped at a height that random scores rarely reach")
+def scores_clipped(seed: int) -> Built:
+    def attend(p, h):
+        s, mask, v = scores_of(p, h)
+        s = jnp.clip(25 * s, -20, 20)
+        return weighted(p, jax.nn.softmax(jnp.where(mask, s, -1e30)), v)
+
+    return toy_lm(seed, attend)
+
+
+@tricky("a mask of -40 under scores of that size")
+def mask_too_weak_for_its_scores(seed: int) -> Built:
+    def attend(p, h):
+        s, mask, v = scores_of(p, h)
+        return weighted(p, jax.nn.softmax(25 * s + jnp.where(mask, 0.0, -40.0)), v)
+
+    return toy_lm(seed, attend)
+
+
+@tricky("scores from two products, of a part with positions and of one without (DeepSeek)")
+def scores_of_two_products(seed: int) -> Built:
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        angle = jnp.arange(h.shape[1])[:, None, None]
+
+        def rotate(x):
+            return jnp.concatenate([x[..., :2] * jnp.cos(angle) - x[..., 2:] * jnp.sin(angle), x[..., :2]], -1)
+
+        s = jnp.einsum("bqhd,bkhd->bhqk", q[..., 4:], k[..., 4:])
+        s = s + jnp.einsum("bqhd,bkhd->bhqk", rotate(q[..., :4]), rotate(k[..., :4]))
+        mask = jnp.tri(h.shape[1], dtype=bool)
+        return weighted(p, jax.nn.softmax(jnp.where(mask, s * 0.3, -1e30)), v)
+
+    return toy_lm(seed, attend)
+
+
+@tricky("products written as multiply and sum")
+def products_by_broadcast(seed: int) -> Built:
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        s = (q[:, :, None] * k[:, None]).sum(-1) * 0.3  # [B, T, T, H]
+        mask = jnp.tri(h.shape[1], dtype=bool)[..., None]
+        w = jax.nn.softmax(jnp.where(mask, s, -1e30), axis=2)
+        return merge(p, (w[..., None] * v[:, None]).sum(2))
+
+    return toy_lm(seed, attend)
+
+
+@tricky("keys and values repeated by different counts")
+def groups_of_keys_and_values_differ(seed: int) -> Built:
+    def weights(init):
+        return head_weights(init, heads=6, kv_heads=2, dim=6) | {"v": init(WIDTH, 3, 6)}
+
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        return merge(p, causal_attention(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 2, axis=2)))
+
+    return toy_lm(seed, attend, weights)
+
+
+@tricky("mixing that is multiplied by zero")
+def mixed_by_nothing(seed: int) -> Built:
+    return toy_lm(seed, mix=lambda params, x: x + 0.0 * x.mean(1, keepdims=True))
+
+
+@tricky("an offset of all positions that is a leaf of the model, in the rotary angle and in the mask")
+def offset_leaf(seed: int) -> Built:
+    def attend(p, h):
+        q, k, v = heads_of(p, h)
+        position = jnp.arange(h.shape[1]) + p["offset"]
+        wave = jnp.sin(position[:, None, None] * jnp.linspace(0.1, 1, 10))
+        s = jnp.einsum("bqhd,bkhd->bhqk", q + wave, k + wave) * 0.3
+        s = jnp.where(position[:, None] >= position[None], s, -1e30)
+        return weighted(p, jax.nn.softmax(s), v)
+
+    return toy_lm(seed, attend, lambda init: head_weights(init) | {"offset": jnp.int32(3)})
+
+
+@tricky("a length above which positions are halved, between the lengths that are looked at")
+def threshold_of_25(seed: int) -> Built:
+    def embed(params, tokens):
+        t = tokens.shape[1]
+        return params["embed"][tokens] + params["pos"][jnp.arange(t) // (2 if t > 25 else 1)]
+
+    return toy_lm(seed, embed=embed, extra=lambda init: {"pos": init(256, WIDTH, fan_in=1)})
+
+
+@tricky("an einsum of three, whose order of contraction JAX chooses by the sequence length")
+def order_by_length(seed: int) -> Built:
+    def mix(params, x):
+        return x + jnp.einsum("btc,cr,rd->btd", x, params["down"], params["up"])
+
+    return toy_lm(seed, mix=mix, extra=lambda init: {"down": init(WIDTH, 20), "up": init(20, WIDTH)})
