@@ -1,0 +1,243 @@
+"""A matrix of small integers with the numbers that turn them back into floats.
+
+GGUF's blocks are such matrices: Q4_0 and Q8_0 symmetric, Q4_1 with a minimum, groups of 32, scales in float16.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from llmir_jax.errors import LlmirError
+from llmir_jax.quantization.scheme import Kind, Scheme
+
+if TYPE_CHECKING:
+    from llmir_jax.dialects.llm import QuantizedTensorType
+
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class QuantizedArray:
+    """A matrix x [N, K] (outputs, inputs; of an embedding: tokens, channels) in integers q of 4 or 8 bits.
+
+    With the group size g, G = K / g groups a row, and the group j = k // g of column k:
+
+        symmetric    x[n, k] = q[n, k] · scales[n, j]                          q signed
+        zero_point   x[n, k] = (q[n, k] - zero_points[n, j]) · scales[n, j]    q signed
+        minimum      x[n, k] = q[n, k] · scales[n, j] + minima[n, j]           q unsigned
+
+    Per channel: g = K, G = 1. Per tensor: scales, zero_points and minima are [1, 1], which stands for [N, 1].
+
+    Storage:
+
+        bits = 8     values int8[N, K] (uint8 for `minimum`); values[n, k] = q[n, k]
+        bits = 4     values uint8[N, K/2]; values[n, i] = (q[n, 2i] mod 16) + 16 · (q[n, 2i+1] mod 16)
+        scales       float16, bfloat16 or float32 [N, G]
+        zero_points  int8[N, G] in the range of q, for `zero_point`, else None
+        minima       [N, G] of the scales' dtype, for `minimum`, else None
+
+    Plain rounding (`quantize`) gives |q| ≤ 2^(bits-1) - 1 for `symmetric`, scales ≥ 0, and errors of at most half
+    a scale. Other makers may use -2^(bits-1) and negative scales (Q4_0 does). Arithmetic is in float32, then cast to
+    `dtype`.
+
+    A pytree: its leaves are the arrays, in the order values, scales, zero_points, minima. Immutable.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    zero_points: jax.Array | None = None
+    minima: jax.Array | None = None
+    bits: int = field(metadata={"static": True})
+    group_size: int = field(metadata={"static": True})
+    shape: tuple[int, int] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})  # numpy dtype of the floats it stands for
+
+    def __repr__(self) -> str:
+        return f"QuantizedArray({self.scheme.name}: {self.dtype.name}{list(self.shape)})"
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the three equations holds."""
+        if self.minima is not None:
+            return "minimum"
+        return "symmetric" if self.zero_points is None else "zero_point"
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether one scale serves all rows of several."""
+        return self.shape[0] > 1 and self.scales.shape[0] == 1
+
+    @property
+    def scheme(self) -> Scheme:
+        """The format as a scheme. `group_size` is None where it is K."""
+        return Scheme(
+            bits=self.bits,
+            group_size=None if self.group_size == self.shape[1] else self.group_size,
+            kind=self.kind,
+            scale_dtype=jnp.dtype(self.scales.dtype).name,  # type: ignore[arg-type]
+            per_tensor=self.per_tensor,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(int(x.nbytes) for x in jax.tree.leaves(self))
+
+    @classmethod
+    def from_integers(
+        cls,
+        integers: ArrayLike,
+        scales: ArrayLike,
+        *,
+        bits: int,
+        zero_points: ArrayLike | None = None,
+        minima: ArrayLike | None = None,
+        dtype: DTypeLike = jnp.float32,
+        name: str = "array",
+    ) -> "QuantizedArray":
+        """From q [N, K] as integers of any type, and scales [N, G] or [1, 1]: packed, and checked if values are known.
+
+        Raises LlmirError, which names `name`, for shapes that do not fit together and for integers out of range.
+        """
+        q: Any = integers if isinstance(integers, jax.Array) else np.asarray(integers)
+        low, high = _storage_range(bits, minima is not None)
+        if len(q.shape) != 2 or not q.size:
+            raise LlmirError(f"{name}: integers must be a matrix [N, K], got shape {list(q.shape)}")
+        if not isinstance(q, jax.core.Tracer) and not (low <= int(q.min()) and int(q.max()) <= high):
+            raise LlmirError(f"{name}: integers from {int(q.min())} to {int(q.max())}; expected {low} to {high}")
+        if bits == 4 and q.shape[1] % 2:
+            raise LlmirError(f"{name}: int4 needs an even number of columns, got {q.shape[1]}")
+        stored = pack(q) if bits == 4 else q.astype(np.uint8 if minima is not None else np.int8)
+        num_groups = np.shape(scales)[-1] if np.ndim(scales) else 0
+        made = cls(
+            values=jnp.asarray(stored),
+            scales=jnp.asarray(scales),
+            zero_points=None if zero_points is None else jnp.asarray(zero_points, jnp.int8),
+            minima=None if minima is None else jnp.asarray(minima),
+            bits=bits,
+            group_size=q.shape[1] // max(num_groups, 1),
+            shape=(q.shape[0], q.shape[1]),
+            dtype=jnp.dtype(dtype),
+        )
+        made.check(name)
+        return made
+
+    def check(self, name: str = "array") -> None:
+        """Raises LlmirError, which names `name`, where shapes, dtypes or the kind do not fit together."""
+        if self.bits not in (4, 8):
+            raise LlmirError(f"{name}: a quantized array has 4 or 8 bits, got {self.bits}")
+        (n, k), g = self.shape, self.group_size
+        if g < 1 or k % g:
+            raise LlmirError(f"{name}: group size {g} does not divide the {k} columns of {list(self.shape)}")
+        if self.zero_points is not None and self.minima is not None:
+            raise LlmirError(f"{name}: a quantized array has zero points or minima, not both")
+        if self.bits == 4 and (k % 2 or g % 2):
+            raise LlmirError(f"{name}: int4 needs an even number of columns, and of columns a group; got {k} and {g}")
+        groups = (1, 1) if self.per_tensor and g == k else (n, k // g)
+        value_dtype = "int8" if self.bits == 8 and self.minima is None else "uint8"
+        scale_dtype = jnp.dtype(self.scales.dtype).name
+        if scale_dtype not in ("float16", "bfloat16", "float32"):
+            raise LlmirError(f"{name}: scales must be float16, bfloat16 or float32, got {scale_dtype}")
+        expected = {
+            "values": (value_dtype, (n, k * self.bits // 8)),
+            "scales": (scale_dtype, groups),
+            "zero_points": ("int8", groups),
+            "minima": (scale_dtype, groups),
+        }
+        for part, (dtype, shape) in expected.items():
+            array = getattr(self, part)
+            if array is not None and (jnp.dtype(array.dtype).name, tuple(array.shape)) != (dtype, shape):
+                raise LlmirError(
+                    f"{name}: {part} of a quantized {list(self.shape)} must be {dtype}{list(shape)}, "
+                    f"got {array.dtype}{list(array.shape)}"
+                )
+
+    def integers(self) -> jax.Array:
+        """q [N, K], int8 (uint8 for `minimum`). Traceable."""
+        q = jnp.asarray(self.values)
+        return unpack(q, signed=self.minima is None) if self.bits == 4 else q
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+        """x [N, K] in `dtype`, by default that of this array. Traceable."""
+        side = [_maybe(part) for part in (self.scales, self.zero_points, self.minima)]
+        return _decode(self.integers(), side, self.dtype if dtype is None else dtype)
+
+    def rows(self, ids: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+        """x[ids] [*ids.shape, K], of integer ids in [0, N): only these rows are dequantized. Traceable."""
+        places = jnp.asarray(ids)
+        q = jnp.asarray(self.values)[places]
+        if self.bits == 4:
+            q = unpack(q, signed=self.minima is None)
+        side = [_maybe(part) for part in (self.scales, self.zero_points, self.minima)]
+        # Per tensor, the one scale [1, 1] broadcasts as it is.
+        own = [part if part is None or self.per_tensor else part[places] for part in side]
+        return _decode(q, own, self.dtype if dtype is None else dtype)
+
+    def ir_type(self) -> "QuantizedTensorType":
+        """The dialect's type: ``!llm.quantized_tensor<NxKxi4, scale=f16, min=f16, group_size=32>``."""
+        from xdsl.dialects.builtin import IntegerType  # here, since a checkpoint is read without the compiler
+
+        from llmir_jax.dense import dtype_element_type
+        from llmir_jax.dialects.llm import QuantizedTensorType
+
+        return QuantizedTensorType(
+            self.shape,
+            IntegerType(self.bits),
+            dtype_element_type(self.scales.dtype),
+            zero_point_type=None if self.zero_points is None else IntegerType(8),
+            min_type=None if self.minima is None else dtype_element_type(self.minima.dtype),
+            group_size=None if self.group_size == self.shape[1] else self.group_size,
+        )
+
+    def composite_parts(self) -> tuple[jax.Array, ...]:
+        """The arrays that a value of `ir_type` is lowered to: integers [N, K], scales, zero points or minima [N, G].
+
+        Integers of 4 bits are int4 (uint4 for `minimum`), a bitcast of the packed bytes. Traceable.
+        """
+        q = jnp.asarray(self.values)
+        if self.bits == 4:
+            # The low nibble comes first: https://openxla.org/stablehlo/spec#bitcast_convert
+            nibbles = jax.lax.bitcast_convert_type(q, jnp.int4 if self.minima is None else jnp.uint4)
+            q = nibbles.reshape(self.shape)
+        side = [jnp.asarray(part) for part in (self.scales, self.zero_points, self.minima) if part is not None]
+        return q, *(jnp.broadcast_to(part, (self.shape[0], part.shape[1])) for part in side)
+
+
+def pack(integers: AnyArray) -> AnyArray:
+    """Integers [..., K], K even, -8 to 7 or 0 to 15, as bytes uint8[..., K/2]: element 2i in the low four bits."""
+    q = integers.astype(np.uint8) & 15
+    packed: AnyArray = q[..., 0::2] | (q[..., 1::2] << 4)
+    return packed
+
+
+def unpack(packed: AnyArray, *, signed: bool) -> AnyArray:
+    """The inverse of `pack`: int8[..., K] from -8 to 7 where `signed`, else uint8[..., K] from 0 to 15."""
+    stack = np.stack if isinstance(packed, np.ndarray) else jnp.stack
+    q: AnyArray = stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
+    return (q.astype(np.int8) ^ 8) - 8 if signed else q  # two's complement in four bits
+
+
+def _storage_range(bits: int, unsigned: bool) -> tuple[int, int]:
+    return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _maybe(part: jax.Array | None) -> jax.Array | None:
+    return None if part is None else jnp.asarray(part)
+
+
+def _decode(q: jax.Array, side: list[jax.Array | None], dtype: DTypeLike) -> jax.Array:
+    """Floats [..., K] of integers [..., K] and the scales, zero points and minima of their groups, [..., G] each."""
+    scales, zero_points, minima = side
+    assert scales is not None
+    groups = q.reshape(*q.shape[:-1], scales.shape[-1], q.shape[-1] // scales.shape[-1]).astype(jnp.int32)
+    if zero_points is not None:
+        groups = groups - zero_points.astype(jnp.int32)[..., None]
+    x = groups.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
+    if minima is not None:
+        x = x + minima.astype(jnp.float32)[..., None]
+    return x.reshape(q.shape).astype(dtype)
