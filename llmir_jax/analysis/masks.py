@@ -171,7 +171,7 @@ def _slopes(weights: Weights, zeros: Array, near: Array, max_seq_len: int, lengt
         if not usable.any():
             slopes.append(0.0)
             continue
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             decay = np.log(head) - np.log(diagonal)[:, None]
         q, k = np.unravel_index(np.argmin(np.where(usable, decay, np.inf)), decay.shape)
         slopes.append(float(decay[q, k] / distance[q, k]) if decay[q, k] < -0.5 else 0.0)

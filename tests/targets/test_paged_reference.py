@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -146,10 +145,10 @@ def test_ragged_batches(case: Case) -> None:
 
 
 def plain_case(**changes: Any) -> Case:
-    fields = dict(
-        done=(40, 0), new=(1, 30), spare_seqs=0, padding=2, page_size=4, kv_heads=2, group=2, head_dim=4, window=None,
-        softcap=None, alibi=False, dtype=np.dtype(np.float32), seed=3,
-    )  # fmt: skip
+    fields = {
+        "done": (40, 0), "new": (1, 30), "spare_seqs": 0, "padding": 2, "page_size": 4, "kv_heads": 2, "group": 2, "head_dim": 4, "window": None,
+        "softcap": None, "alibi": False, "dtype": np.dtype(np.float32), "seed": 3,
+    }  # fmt: skip
     return Case(**(fields | changes))
 
 
