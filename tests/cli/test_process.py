@@ -42,13 +42,15 @@ LONG = ("--ignore-eos", "--no-verify", "-n", 250, "--raw")
 
 
 def test_ctrl_c_in_the_middle_of_an_answer(chat_model: Path, tmp_path: Path) -> None:
-    process = start("generate", "Hi", "-m", chat_model, *LONG, env={"LLMIR_CACHE": str(tmp_path)}, bufsize=0)
+    process = start(
+        "generate", "Hi", "-m", chat_model, *LONG, env={"LLMIR_CACHE": str(tmp_path)}, bufsize=0, text=False
+    )
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 1)  # the answer has begun
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err == "llmir: interrupted\n"
+    assert err == b"llmir: interrupted\n"
 
 
 def test_ctrl_c_while_loading(chat_model: Path, tmp_path: Path) -> None:
@@ -66,12 +68,14 @@ def test_ctrl_c_while_loading(chat_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away(chat_model: Path, tmp_path: Path) -> None:
-    process = start("generate", "Hi", "-m", chat_model, *LONG, env={"LLMIR_CACHE": str(tmp_path)}, bufsize=0)
+    process = start(
+        "generate", "Hi", "-m", chat_model, *LONG, env={"LLMIR_CACHE": str(tmp_path)}, bufsize=0, text=False
+    )
     assert process.stdout is not None and process.stderr is not None
     os.read(process.stdout.fileno(), 1)
     process.stdout.close()
-    assert process.wait(timeout=120) == 141
-    assert process.stderr.read() == ""
+    with process.stderr as stderr:
+        assert (process.wait(timeout=120), stderr.read()) == (141, b"")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
