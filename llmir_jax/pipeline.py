@@ -1,6 +1,6 @@
 """The pipeline: which passes run, in which order, and what is kept of each stage.
 
-    trace → derive → cache → rows → lower
+    trace → derive → cache → raise → rows → lower
 
 Every pass verifies its result. The step is derived once, at a prime number of tokens, and specialised to each bucket.
 """
@@ -27,6 +27,10 @@ from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
+from llmir_jax.transforms.raise_gated_mlp import RaiseGatedMLPPass
+from llmir_jax.transforms.raise_linear import RaiseLinearPass
+from llmir_jax.transforms.raise_norm import RaiseNormPass
+from llmir_jax.transforms.raise_rope import RaiseRopePass
 from llmir_jax.transforms.remove_dead_arguments import RemoveDeadArgumentsPass
 from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
@@ -91,6 +95,11 @@ def derive_step(
         BlockifyKVCachePass(page_size=page_size),
         PagedAttentionRewritePass(),
         KVCachePruningPass(),
+        # raise: what later phases fuse
+        RaiseNormPass(),
+        RaiseRopePass(),
+        RaiseLinearPass(),
+        RaiseGatedMLPPass(),
     )
     derived.text = text_of(module)
     recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass(keep_inputs=True))

@@ -259,7 +259,7 @@ def _names(value: SSAValue, leading: Index, depth: int = 0) -> np.ndarray[Any, A
             return _columns(op, shape)
         if isinstance(op, stablehlo.GatherOp) and _takes_rows(op, len(shape)):
             table = op.operands[0]
-            return _names(table, identity(shape_of(table)[:1]), depth + 1)
+            return _names(table, identity(shape_of(table)[: -len(shape)]), depth + 1)
     return _named(shape, [(value, i) for i in range(int(np.prod(shape)))])
 
 
@@ -283,16 +283,16 @@ def _columns(op: stablehlo.ConstantOp, shape: Sequence[int]) -> np.ndarray[Any, 
 
 
 def _takes_rows(op: stablehlo.GatherOp, num_features: int) -> bool:
-    """Whether each result is a whole row of the operand."""
+    """Whether the last dims of the result, its features, are those of the operand, whole."""
     numbers = op.dimension_numbers
     rank, table = len(shape_of(op.results[0])), shape_of(op.operands[0])
+    kept = range(len(table) - num_features, len(table))
+    indexed = {*ints(numbers.collapsed_slice_dims), *ints(numbers.start_index_map), *ints(numbers.operand_batching_dims)}
     return (
-        num_features == len(table) - 1
-        and ints(numbers.offset_dims) == tuple(range(rank - num_features, rank))
-        and ints(numbers.collapsed_slice_dims) == (0,)
-        and ints(numbers.start_index_map) == (0,)
-        and not ints(numbers.operand_batching_dims)
-        and ints(op.slice_sizes) == (1, *table[1:])
+        0 < num_features < len(table)
+        and ints(numbers.offset_dims)[-num_features:] == tuple(range(rank - num_features, rank))
+        and not indexed.intersection(kept)
+        and ints(op.slice_sizes)[-num_features:] == table[-num_features:]
     )
 
 

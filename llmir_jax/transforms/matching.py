@@ -226,6 +226,7 @@ _STORED = (
     stablehlo.ReshapeOp,
     stablehlo.TransposeOp,
     stablehlo.SliceOp,
+    stablehlo.DynamicSliceOp,
     stablehlo.ConvertOp,
     stablehlo.BroadcastInDimOp,
 )

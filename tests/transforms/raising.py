@@ -19,7 +19,7 @@ Tree = Any
 
 
 def lowered(fn: Callable[..., Any], *args: Tree) -> ModuleOp:
-    """The module of a function of (activations, parameters), one flat block, every leaf of the parameters with a path."""
+    """The module of a function of (activations, parameters…) as one flat block; parameters have paths."""
     module = lower_to_module(jax.jit(fn, keep_unused=True), *args)
     inline_calls(module)
     cse(module)

@@ -1,8 +1,7 @@
-"""raise-rope: rotations in every way of writing them are raised and compute what they did; near misses are left alone."""
+"""raise-rope: rotations written in every way are raised and compute what they did; near misses are left alone."""
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
