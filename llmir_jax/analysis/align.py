@@ -12,7 +12,7 @@ from xdsl.dialects.builtin import DenseIntOrFPElementsAttr, FunctionType, Intege
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 
-from llmir_jax.dialects.build import splat_of
+from llmir_jax.dialects.build import ints, splat_of
 from llmir_jax.errors import InvalidIRError, UnsupportedModelError
 from llmir_jax.interop import LOC, op_name
 
@@ -118,9 +118,10 @@ def _varying_by_size(op: Operation, result: Alignment) -> frozenset[str]:
     }
     if name not in sizes:
         return frozenset()
-    source, target = (result.token_sized[x] for x in (op.operands[0], op.results[0]))
-    follows = name == "stablehlo.gather" or source != target
-    return frozenset({sizes[name]} if follows and any((*source, *target)) else ())
+    if not any(result.token_sized[op.operands[0]] + result.token_sized[op.results[0]]):
+        return frozenset()
+    follows = any(n and n % result.length == 0 for n in ints(op.properties[sizes[name]]))
+    return frozenset({sizes[name]} if follows else ())
 
 
 def _align_blocks(a: Block, b: Block, result: Alignment) -> None:

@@ -1,4 +1,4 @@
-"""write_pages and attend_pages against a dense NumPy oracle, on ragged batches over pages that hold NaN wherever they may."""
+"""write_pages and attend_pages against a dense NumPy oracle, on ragged batches, over pages of NaN where that may be."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -146,8 +146,8 @@ def test_ragged_batches(case: Case) -> None:
 
 def plain_case(**changes: Any) -> Case:
     fields = {
-        "done": (40, 0), "new": (1, 30), "spare_seqs": 0, "padding": 2, "page_size": 4, "kv_heads": 2, "group": 2, "head_dim": 4, "window": None,
-        "softcap": None, "alibi": False, "dtype": np.dtype(np.float32), "seed": 3,
+        "done": (40, 0), "new": (1, 30), "spare_seqs": 0, "padding": 2, "page_size": 4, "kv_heads": 2, "group": 2,
+        "head_dim": 4, "window": None, "softcap": None, "alibi": False, "dtype": np.dtype(np.float32), "seed": 3,
     }  # fmt: skip
     return Case(**(fields | changes))
 
