@@ -3,6 +3,7 @@
 GGUF's blocks are such matrices: Q4_0 and Q8_0 symmetric, Q4_1 with a minimum, groups of 32, scales in float16.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,7 +87,7 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
-        return sum(int(x.nbytes) for x in jax.tree.leaves(self))
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
 
     @classmethod
     def from_integers(
