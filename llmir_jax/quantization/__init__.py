@@ -2,6 +2,17 @@
 
 from llmir_jax.quantization.array import QuantizedArray
 from llmir_jax.quantization.rounding import quantize
+from llmir_jax.quantization.rules import STORED, Plan, Quantize, make_plan
 from llmir_jax.quantization.scheme import PRESETS, Scheme, parse_scheme
 
-__all__ = ["PRESETS", "QuantizedArray", "Scheme", "parse_scheme", "quantize"]
+__all__ = [
+    "PRESETS",
+    "STORED",
+    "Plan",
+    "Quantize",
+    "QuantizedArray",
+    "Scheme",
+    "make_plan",
+    "parse_scheme",
+    "quantize",
+]
