@@ -28,10 +28,18 @@ MAX_UNROLLED_OPS = 200_000
 """Loops that would grow past this many operations are refused: a sign of a loop over something other than layers."""
 
 Folder = Callable[..., Any]
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    """Integer division as StableHLO has it: towards zero."""
+    return (a - np.fmod(a, b)) // b
+
+
 _FOLDERS: dict[type[Operation], Folder] = {
     stablehlo.AddOp: np.add,
     stablehlo.SubtractOp: np.subtract,
     stablehlo.MultiplyOp: np.multiply,
+    stablehlo.DivideOp: _quotient,
     stablehlo.MaximumOp: np.maximum,
     stablehlo.MinimumOp: np.minimum,
     stablehlo.RemainderOp: np.fmod,
@@ -40,6 +48,7 @@ _FOLDERS: dict[type[Operation], Folder] = {
     stablehlo.XorOp: np.bitwise_xor,
     stablehlo.NotOp: np.invert,
     stablehlo.NegateOp: np.negative,
+    stablehlo.SignOp: np.sign,
     stablehlo.ClampOp: lambda low, x, high: np.minimum(np.maximum(low, x), high),
     stablehlo.SelectOp: lambda pred, a, b: np.where(pred, a, b),
 }
@@ -76,6 +85,8 @@ def _folded(op: Operation) -> np.ndarray[Any, Any] | None:
     if any(x is None for x in operands):
         return None
     arrays: list[np.ndarray[Any, Any]] = [x for x in operands if x is not None]
+    if isinstance(op, stablehlo.DivideOp | stablehlo.RemainderOp) and not (arrays[1] > 0).all():
+        return None  # by 0, or the smallest number by -1: left to the target
     match op:
         case stablehlo.CompareOp():
             value = _COMPARE[str(op.comparison_direction.data)](*arrays)
@@ -94,7 +105,8 @@ def _folded(op: Operation) -> np.ndarray[Any, Any] | None:
                 shape[dim] = size
             value = np.broadcast_to(arrays[0].reshape(shape), shape_of(result))
         case _:
-            value = _FOLDERS[type(op)](*arrays)
+            with np.errstate(over="ignore"):  # integers wrap around, as they do in XLA
+                value = _FOLDERS[type(op)](*arrays)
     return np.ascontiguousarray(value, dtype_of(result)).reshape(shape_of(result))
 
 
