@@ -1,8 +1,8 @@
 """Derives a decoder's step from a plain forward: the phase of the pipeline that proves the rewrite or refuses it.
 
 The forward is traced at two lengths, so that the token axis shows (`analysis.align`); positions become an input
-(`rewrite_positions`); attention is raised and judged (`raise_attention`); whatever still mixes tokens is refused by name;
-then attention gets its paged cache and the logits are cut to the rows asked for.
+(`rewrite_positions`); attention is raised and judged (`raise_attention`); whatever still mixes tokens is refused by
+name; then attention gets its paged cache and the logits are cut to the rows asked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +34,8 @@ from llmir_jax.transforms.unroll_loops import unroll_loops
 LENGTHS = (131, 113, 67, 41, 23, 17)
 """Lengths to trace at, in tokens: primes, so that no other size of a model is taken for the token axis."""
 SHORT_LENGTH = 67
-"""Length of the second trace, in tokens: far from the first, so that a size like `seq // 64` or a branch shows, and more
-than 64, for MLIR folds constants of no more elements than that, which makes two traces differ for no good reason."""
+"""Length of the second trace, in tokens: far from the first, so that a size like `seq // 64` or a branch shows, and
+more than 64, for MLIR folds constants of no more elements than that, which makes two traces differ for no good reason."""
 MAX_TABLE_BYTES = 1 << 30
 """A table of positions larger than this is refused."""
 
@@ -110,7 +110,8 @@ class _Traces:
             except Exception as problem:
                 raise UnsupportedModelError(
                     f"the forward can be traced at {self.length} tokens but not at {length}, where it raises "
-                    f"{type(problem).__name__}: {str(problem).splitlines()[0]}. Give max_seq_len if the model has a limit"
+                    f"{type(problem).__name__}: {str(problem).splitlines()[0]}. "
+                    "Give max_seq_len if the model has a limit"
                 ) from problem
             self.alignments[length] = align(self.original, other, self.length, length)
         return self.alignments[length]

@@ -131,8 +131,8 @@ def _batch(args: Any, dims: Any, *, executable: _Executable, original: Callable[
     return outs, [0] * len(outs)
 
 
-_call.def_abstract_eval(_abstract_eval)  # type: ignore[no-untyped-call]
-_call.def_impl(_impl)  # type: ignore[no-untyped-call]
+_call.def_abstract_eval(_abstract_eval)
+_call.def_impl(_impl)
 mlir.register_lowering(_call, _lowering)
 ad.primitive_jvps[_call] = _jvp
 batching.primitive_batchers[_call] = _batch
@@ -162,4 +162,4 @@ def call_module(
         got = jax.typeof(arg)
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise LlmirError(f"argument {i} of @main must be {expected}, got {got}")
-    return list(_call.bind(*args, executable=executable, original=original))  # type: ignore[no-untyped-call]
+    return list(_call.bind(*args, executable=executable, original=original))

@@ -337,7 +337,7 @@ def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and weak type of an array, a scalar or a ShapeDtypeStruct."""
     aval = jax.typeof(leaf)
     weak = getattr(aval, "weak_type", False)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)  # type: ignore[no-untyped-call]
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
 
 def _text(leaf: jax.ShapeDtypeStruct) -> str:

@@ -40,7 +40,7 @@ class CachedLogits:
     """Runs sequences through the cached step with page tables of its own, and reads logits of chosen rows.
 
     Args:
-        run: (rows of tokens, positions, sequence of each, sequence lengths [S], rows wanted [S], block tables) → logits.
+        run: (rows of tokens, positions, sequence of each, lengths [S], rows wanted [S], block tables) → logits.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ def self_check(
     result = CheckResult(compared=compared, error=worst / scale, tolerance=tolerance)
     if not worst <= tolerance * scale:
         raise VerificationError(
-            f"the derived decoder differs from the forward: logits at position {where[1]} of a random sequence are off "
-            f"by {worst:.4g}, {100 * worst / scale:.3g} % of the largest logit, and {100 * tolerance:.3g} % is allowed. "
+            f"the derived decoder differs from the forward: logits at position {where[1]} of a random sequence are "
+            f"off by {worst:.4g}, {100 * worst / scale:.3g} % of the largest logit; {100 * tolerance:.3g} % is allowed. "
             "The decoder is not handed over. Please report the model; verify=False skips this check"
         )
     return result

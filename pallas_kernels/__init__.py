@@ -1,1 +1,4 @@
-"""Pallas kernels for TPU and GPU, usable without ``llmir_jax``. The package is empty so far: every op runs through its reference."""
+"""Pallas kernels for TPU and GPU, usable without ``llmir_jax``.
+
+The package is empty so far: every op runs through its reference decomposition.
+"""

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom. They are committed without outputs: these would age, and nobody compares them."""
+"""Every notebook runs from top to bottom. They are committed without outputs, which would age unseen."""
 
 from pathlib import Path
 from typing import Any

@@ -128,8 +128,8 @@ def _align_blocks(a: Block, b: Block, result: Alignment) -> None:
     for x, y in zip(a.args, b.args, strict=True):
         _align_values(x, y, result)
     ops_a, ops_b = list(a.ops), list(b.ops)
-    for x, y in zip(ops_a, ops_b, strict=False):
-        _align_ops(x, y, result)
+    for op_a, op_b in zip(ops_a, ops_b, strict=False):
+        _align_ops(op_a, op_b, result)
     if len(ops_a) != len(ops_b):
         extra = (ops_a if len(ops_a) > len(ops_b) else ops_b)[min(len(ops_a), len(ops_b))]
         raise _structure_error(extra, result)

@@ -1,7 +1,7 @@
 """Dims as lists of atoms: follows heads, queries and keys through any transposition, merge or split.
 
-An atom is an axis that no reshape seen so far splits: a KV head, a group of query heads, the queries, the keys. A dim is
-the row-major product of its atoms (none for a dim of size 1). When a reshape splits an atom, it is refined into two
+An atom is an axis that no reshape seen so far splits: a KV head, a group of query heads, the queries, the keys. A dim
+is the row-major product of its atoms (none for a dim of size 1). When a reshape splits an atom, it is refined into two
 everywhere.
 """
 

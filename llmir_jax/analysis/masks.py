@@ -62,7 +62,8 @@ def expected_weights(form: MaskForm, scores: Array, positions: Array) -> Array:
     with np.errstate(invalid="ignore"):
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         total = weights.sum(-1, keepdims=True)
-    return np.divide(weights, total)
+    result: Array = weights / total
+    return result
 
 
 def classify(
@@ -107,7 +108,7 @@ def classify(
 
 def _not_causal(weights: Array, positions: Array, tolerance: float) -> str | None:
     if not np.isfinite(weights).all():
-        h, q, k = np.argwhere(~np.isfinite(weights))[0]
+        _, q, k = np.argwhere(~np.isfinite(weights))[0]
         return f"the query at position {positions[q]} gets weights that are not finite (a mask that leaves it no key?)"
     later = np.triu(np.ones(weights.shape[1:], bool), 1)
     seen = (weights > LEAK) & later
@@ -188,9 +189,10 @@ def _window(
     def hidden(distances: Array) -> Array:
         """For each distance, whether position 0 is hidden from the query that far on. distances [length - 1]."""
         positions = np.concatenate([[0], distances]).astype(np.int32)
-        return np.asarray((weights(zeros, positions)[:, 1:, 0] == 0).all(0))
+        unseen: Array = (weights(zeros, positions)[:, 1:, 0] == 0).all(axis=0)
+        return unseen
 
-    last = (base[:, -1, :] > 0).any(0)
+    last: Array = np.any(base[:, -1, :] > 0, axis=0)
     if not last[0]:
         return int(last.sum())
     if slopes is not None or max_seq_len <= length:
@@ -224,9 +226,7 @@ def _probes(rng: np.random.Generator, length: int, max_seq_len: int, window: int
     return [p.astype(np.int32) for p in probes]
 
 
-def _mismatch(
-    got: Array, form: MaskForm, scores: Array, positions: Array, tolerance: float
-) -> str | None:
+def _mismatch(got: Array, form: MaskForm, scores: Array, positions: Array, tolerance: float) -> str | None:
     expected = expected_weights(form, scores, positions)
     got = got.astype(np.float64)
     error = np.abs(got - expected)

@@ -5,8 +5,8 @@ module states that as a dataflow problem. For every value it finds the dims that
 different lengths, see `align`), whether it depends on the tokens' contents or on their positions alone, and for every
 operation why it is not token-pointwise, if it is not. Nothing is decided by how the model was written.
 
-What is exempt: values that depend on positions alone may be computed in any way, for they can be tabulated; attention is
-raised and taken out before anything is refused.
+What is exempt: values that depend on positions alone may be computed in any way, for they can be tabulated; attention
+is raised and taken out before anything is refused.
 """
 
 import re
@@ -442,7 +442,7 @@ def _analyse_op(op: Operation, axis: TokenAxis, rules: _Rules, table_reason: Cal
         all_dims, reason = [dims], None
         if dims and dims[along] is not None:
             positions = True
-            reason = None if dims[along].plain else "counts along an axis that holds more than tokens"  # type: ignore[union-attr]
+            reason = None if dims[along].plain else "counts along an axis that holds more than tokens"
     elif name == "stablehlo.constant":
         all_dims, reason = [rules.spread(op.results[0])], None
         if varying:
@@ -492,7 +492,7 @@ def _analyse_op(op: Operation, axis: TokenAxis, rules: _Rules, table_reason: Cal
 
 
 def _unaccounted(op: Operation, inputs: Sequence[ValueInfo], all_dims: Sequence[Dims], rules: _Rules) -> str | None:
-    """A safety net under the rules: every dim that follows the length is a token dim, and none of an operand's is lost."""
+    """A safety net under the rules: dims that follow the length are token dims, and none of an operand's is lost."""
     held = max((len(i.token_dims) for i in inputs), default=0)
     for result, dims in zip(op.results, all_dims, strict=True):
         sized = rules.sized(result)

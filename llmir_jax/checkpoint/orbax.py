@@ -107,7 +107,7 @@ def _restore(folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     import orbax.checkpoint
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}  # type: ignore[no-untyped-call]
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         try:
             found = {

@@ -1,4 +1,4 @@
-"""Short constructors for the StableHLO operations that passes emit. A constructor that would change nothing emits nothing."""
+"""Short constructors for the StableHLO operations that passes emit. What would change nothing emits nothing."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -208,8 +208,8 @@ __all__ = [
     "AnyTensor",
     "OpBuilder",
     "dense_i64",
-    "dtype_of",
     "dtype_element_type",
+    "dtype_of",
     "i32",
     "ints",
     "scalar_constant",

@@ -153,7 +153,8 @@ def attend_pages(
     ) -> _Softmax:
         if num_blocks == 1:
             return body(jnp.int32(0), state)
-        return lax.fori_loop(first, stop, body, state)
+        done: _Softmax = lax.fori_loop(first, stop, body, state)
+        return done
 
     def one_by_one() -> Array:
         """Each row reads its own sequence's pages."""

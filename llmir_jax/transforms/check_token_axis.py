@@ -4,8 +4,8 @@
                                                              token axis (dim 1). Outside of causal attention every …
 
 The derivation runs it once attention has been raised. On a file, the module's attribute `llmir.length` tells the number
-of tokens it was traced at, and with `annotate` each operation gets `llmir.token_dims`: the dims of its first result that
-run over tokens.
+of tokens it was traced at, and with `annotate` each operation gets `llmir.token_dims`: the dims of its first result
+that run over tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def unknown_from_one_trace(value: SSAValue) -> str:
 
 
 def analyse_main(main: FuncOp, alignment: Alignment, table_reason: Callable[[SSAValue], str | None]) -> TokenAxis:
-    """The token-axis analysis of @main: its arguments are the tokens, their positions if it has that input, parameters."""
+    """The token-axis analysis of @main: its arguments are parameters, the tokens and maybe their positions."""
     tokens = signature.argument(main, "tokens")
     positions = signature.arguments(main, "positions")
     params = [arg for arg in main.body.block.args if arg is not tokens and arg not in positions]

@@ -287,7 +287,8 @@ def _takes_rows(op: stablehlo.GatherOp, num_features: int) -> bool:
     numbers = op.dimension_numbers
     rank, table = len(shape_of(op.results[0])), shape_of(op.operands[0])
     kept = range(len(table) - num_features, len(table))
-    indexed = {*ints(numbers.collapsed_slice_dims), *ints(numbers.start_index_map), *ints(numbers.operand_batching_dims)}
+    fields = (numbers.collapsed_slice_dims, numbers.start_index_map, numbers.operand_batching_dims)
+    indexed = {dim for dims in fields for dim in ints(dims)}
     return (
         0 < num_features < len(table)
         and ints(numbers.offset_dims)[-num_features:] == tuple(range(rank - num_features, rank))

@@ -6,8 +6,8 @@
     %ks, %vs = llm.lookup_kv %c1, %table {layer = 0}
     %o = llm.attention %q, %ks, %vs tokens(%seq_ids, %positions) {…}
 
-The caches are new arguments and results of @main, one for the layers of each shape and element type. They are contiguous
-so far: a block holds a whole sequence. `blockify-kv-cache` cuts it into pages.
+The caches are new arguments and results of @main, one for the layers of each shape and element type. They are
+contiguous so far: a block holds a whole sequence. `blockify-kv-cache` cuts it into pages.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from xdsl.dialects.builtin import ModuleOp, i32
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, SSAValue
 from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
@@ -97,9 +98,8 @@ class InsertKVCachePass(ModulePass):
                 seq_ids=seq_ids,
                 positions=positions,
             )
-            out = build.insert(attention).results[0]
-            out = build.slice(out, (0, 0, 0), shape_of(op.output))
+            attended = build.insert(attention).results[0]
+            out = build.slice(attended, (0, 0, 0), shape_of(op.output))
             op.output.replace_all_uses_with(out)
-            op.detach()
-            op.erase()
+            Rewriter.erase_op(op)
         signature.set_results(main, [*signature.results(main), cache])

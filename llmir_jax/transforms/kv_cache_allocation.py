@@ -22,6 +22,7 @@ from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i32, i64
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import BlockArgument, Operation, SSAValue
 from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
@@ -103,8 +104,7 @@ class KVCacheAllocationPass(ModulePass):
         self._mark_results(main, caches, pages, place)
         for inner in reversed(list(main.body.block.ops)):
             if isinstance(inner, llm.AppendKVOp | llm.LookupKVOp | llm.PagedAttentionOp):
-                inner.detach()
-                inner.erase()
+                Rewriter.erase_op(inner)
         for cache in caches:
             signature.remove_argument(main, cache)
 
@@ -116,9 +116,7 @@ class KVCacheAllocationPass(ModulePass):
             (num_pages, kind.block_size.data, kind.num_kv_heads.data, kind.head_dim.data), kind.element_type
         )
         inherited = {
-            k: v
-            for k, v in signature.argument_attributes(main)[cache.index].items()
-            if k in (signature.GROUP, WINDOW)
+            k: v for k, v in signature.argument_attributes(main)[cache.index].items() if k in (signature.GROUP, WINDOW)
         }
         made = []
         for layer in range(kind.num_layers.data):

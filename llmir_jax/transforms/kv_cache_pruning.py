@@ -24,7 +24,7 @@ WINDOW = "llmir.window"
 
 def _chain(cache: SSAValue) -> list[llm.AppendKVOp]:
     """The appends to one cache, in order."""
-    found = []
+    found: list[llm.AppendKVOp] = []
     while True:
         appends = [u.operation for u in cache.uses if isinstance(u.operation, llm.AppendKVOp)]
         if not appends:

@@ -56,7 +56,7 @@ def _shape_struct(op: Operation, type_: Attribute) -> jax.ShapeDtypeStruct:
     dtype = element_dtype(type_.element_type)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise InvalidIRError(f"{_where(op)}: expected types of at most 32 bits, got {type_}; jax_enable_x64 allows it")
-    return jax.ShapeDtypeStruct(type_.get_shape(), dtype)  # type: ignore[no-untyped-call]
+    return jax.ShapeDtypeStruct(type_.get_shape(), dtype)
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def _receive(op: PipelineRecvOp, sent: dict[tuple[int, int], deque[PipelineSendO
 
 
 def _erase(op: Operation) -> None:
-    op.detach()  # type: ignore[no-untyped-call]
+    op.detach()
     op.erase()
 
 
@@ -156,7 +156,7 @@ class _Lowering:
         for arg in [arg for arg in block.args if arg in self.parts]:
             self._check_unused(arg)
             block.erase_arg(arg)
-        function.update_function_type()  # type: ignore[no-untyped-call]
+        function.update_function_type()
 
     def lower(self, op: Operation) -> None:
         """Replace one op by calls."""

@@ -210,7 +210,7 @@ def erase_unused(values: Iterable[SSAValue]) -> None:
         if not is_side_effect_free(op):
             continue
         pending += [x.owner for x in op.operands]
-        op.detach()  # type: ignore[no-untyped-call]
+        op.detach()
         op.erase()
 
 

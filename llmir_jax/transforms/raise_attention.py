@@ -258,7 +258,7 @@ class _Raiser:
         while isinstance(value.owner, stablehlo.BroadcastInDimOp | stablehlo.ReshapeOp | stablehlo.ConvertOp):
             value = value.owner.operands[0]
         info = self.axis.info.get(value)
-        if info is None or not info.uniform or info.params or prod(shape_of(value)) > 4096 or not shape_of(value) == ():
+        if info is None or not info.uniform or info.params or shape_of(value) != ():
             return None
         part = extract([value], [])
         if part.key not in self.constants:
@@ -735,7 +735,7 @@ class _Raiser:
 
 @dataclass(frozen=True)
 class RaiseAttentionPass(ModulePass):
-    """Raise attention in a module of which there is one trace. `max_seq_len` bounds the positions a mask is probed at."""
+    """Raise attention in a module of which there is one trace. A mask is probed at positions below `max_seq_len`."""
 
     name = "raise-attention"
 

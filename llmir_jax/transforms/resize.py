@@ -1,5 +1,5 @@
-"""Gives operations another number of tokens. A size that holds the token axis is a multiple of the traced length, a prime
-that divides no other size of the module (whoever traces makes sure of that)."""
+"""Gives operations another number of tokens. A size that holds the token axis is a multiple of the traced length, a
+prime that divides no other size of the module (whoever traces makes sure of that)."""
 
 from collections.abc import Sequence
 from typing import Any

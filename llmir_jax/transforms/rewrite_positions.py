@@ -55,7 +55,7 @@ def _start(op: Operation, dim: int) -> int:
 def gather_bound(axis: TokenAxis, content: Callable[[SSAValue], np.ndarray[Any, Any] | None]) -> tuple[int, str] | None:
     """The first position that has no row in a table indexed by a function of positions, and where that table is read.
 
-    None if every position has its rows. `content(value)` evaluates an index for the longest sequence, None if it cannot.
+    None if every position has its rows. `content(value)` evaluates an index for the longest sequence, or is None.
     """
     bounds = []
     for value, info in axis.info.items():

@@ -1,4 +1,4 @@
-"""Arguments of @main by role. A parameter has `llmir.path`, a step input `llmir.role` ("tokens", "positions", "cache" …)."""
+"""Arguments of @main by role. A parameter has `llmir.path`, a step input `llmir.role` ("tokens", "cache" …)."""
 
 from collections.abc import Iterable
 

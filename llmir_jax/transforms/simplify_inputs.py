@@ -144,9 +144,7 @@ def _batched(op: stablehlo.GatherOp | stablehlo.ScatterOp) -> bool:
             fields[3]: [b for _, b in order],
         }
         names = [name for name, _ in type(numbers).get_irdl_definition().parameters]
-        new = type(numbers)(
-            *(_dims(changed[n]) if n in changed else getattr(numbers, n) for n in names)  # type: ignore[arg-type]
-        )
+        new = type(numbers)(*(_dims(changed[n]) if n in changed else getattr(numbers, n) for n in names))
         build = OpBuilder(op)
         joined = build.concatenate(rest, vector) if len(rest) > 1 else rest[0]
         key = "dimension_numbers" if gather else "scatter_dimension_numbers"

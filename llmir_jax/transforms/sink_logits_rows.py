@@ -1,5 +1,5 @@
-"""Computes logits for the rows that are sampled, not for every token: the row gather sinks through the head and all that
-comes after the last attention.
+"""Computes logits for the rows that are sampled, not for every token: the row gather sinks through the head and all
+that comes after the last attention.
 
     %logits = stablehlo.dot_general %h, %head : … -> tensor<1x131x49152xf32>
     return %logits
@@ -20,14 +20,13 @@ from xdsl.ir import Block, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.transforms.dead_code_elimination import dce
 
-from llmir_jax.analysis.align import main_function
+from llmir_jax.analysis.align import LENGTH, main_function
 from llmir_jax.analysis.evaluate import external_operands
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, shape_of
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.resize import resize_properties, resized_type
-from llmir_jax.transforms.specialize_tokens import LENGTH
 
 _STOP = (
     llm.AttendPagesOp,

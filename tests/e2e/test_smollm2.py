@@ -16,7 +16,8 @@ import llmir_jax as llmir
 from llmir_jax.decoder import Decoder
 from llmir_jax.runtime.sampling import SamplingParams
 
-CASES: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())["cases"]
+REFERENCE = Path(__file__).parents[1] / "data" / "smollm2_greedy.json"
+CASES: list[dict[str, Any]] = json.loads(REFERENCE.read_text())["cases"]
 PROMPTS = [case["prompt_ids"] for case in CASES]
 OUTPUTS = [case["output_ids"] for case in CASES]
 PARAMS = [SamplingParams(max_tokens=len(ids), ignore_eos=True) for ids in OUTPUTS]

@@ -1,4 +1,4 @@
-"""Passes around the step compute what they should: inlining, what is known of tokens, rows of logits, dead arguments."""
+"""Passes around the step: inlining, what is known of tokens, rows of logits, dead arguments."""
 
 from typing import Any
 
