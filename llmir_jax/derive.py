@@ -34,8 +34,10 @@ from llmir_jax.transforms.unroll_loops import unroll_loops
 LENGTHS = (131, 113, 67, 41, 23, 17)
 """Lengths to trace at, in tokens: primes, so that no other size of a model is taken for the token axis."""
 SHORT_LENGTH = 67
-"""Length of the second trace, in tokens: far from the first, so that a size like `seq // 64` or a branch shows, and
-more than 64, for MLIR folds constants of no more elements than that, which makes two traces differ for no good reason."""
+"""Length of the second trace, in tokens: far from the first, so that a size like `seq // 64` or a branch shows.
+
+More than 64, for MLIR folds constants of no more elements than that, which makes two traces differ for no good reason.
+"""
 MAX_TABLE_BYTES = 1 << 30
 """A table of positions larger than this is refused."""
 

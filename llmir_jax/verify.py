@@ -142,7 +142,7 @@ def self_check(
     if not worst <= tolerance * scale:
         raise VerificationError(
             f"the derived decoder differs from the forward: logits at position {where[1]} of a random sequence are "
-            f"off by {worst:.4g}, {100 * worst / scale:.3g} % of the largest logit; {100 * tolerance:.3g} % is allowed. "
+            f"off by {worst:.4g}, {100 * worst / scale:.3g} % of the largest; {100 * tolerance:.3g} % is allowed. "
             "The decoder is not handed over. Please report the model; verify=False skips this check"
         )
     return result
