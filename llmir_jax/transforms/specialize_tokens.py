@@ -35,6 +35,8 @@ class SpecializeTokensPass(ModulePass):
         if self.tokens < 1:
             raise InvalidIRError(f"specialize-tokens: tokens must be at least 1, got {self.tokens}")
         old = length.value.data
+        if old == self.tokens:
+            return
         main = main_function(op)
         for inner in main.body.walk():  # while the operands still tell which sizes follow the tokens
             inner.properties.update(resize_properties(inner, old, self.tokens))

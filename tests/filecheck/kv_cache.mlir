@@ -7,6 +7,7 @@
 // RUN: llmir-opt %s -p "insert-kv-cache{max_seqs=4 max_seq_len=64},blockify-kv-cache,paged-attention-rewrite,kv-cache-pruning" | filecheck %s --check-prefix PRUNE
 // RUN: llmir-opt %s -p "insert-kv-cache{max_seqs=4 max_seq_len=64},blockify-kv-cache,paged-attention-rewrite,kv-cache-pruning,kv-cache-pruning" | filecheck %s --check-prefix PRUNE
 // RUN: llmir-opt %s -p "insert-kv-cache{max_seqs=4 max_seq_len=64},blockify-kv-cache,paged-attention-rewrite,kv-cache-pruning,kv-cache-allocation{num_pages=9}" | filecheck %s --check-prefix ALLOCATE
+// RUN: llmir-opt %s -p "insert-kv-cache{max_seqs=4 max_seq_len=64},blockify-kv-cache,paged-attention-rewrite,kv-cache-pruning,kv-cache-allocation{num_pages=9},kv-cache-allocation{num_pages=5}" | filecheck %s --check-prefix ALLOCATE
 // RUN: llmir-opt %s -p "insert-kv-cache{max_seqs=4 max_seq_len=64},blockify-kv-cache,kv-cache-allocation" | filecheck %s --check-prefix LOOKUP
 // RUN: not llmir-opt %s -p "blockify-kv-cache{page_size=0}" 2>&1 | filecheck %s --check-prefix BADPAGE
 // RUN: not llmir-opt %s -p "kv-cache-allocation{num_pages=-1}" 2>&1 | filecheck %s --check-prefix BADPAGES

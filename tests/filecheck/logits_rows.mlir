@@ -1,6 +1,8 @@
 // RUN: llmir-opt %s -p sink-logits-rows | filecheck %s --check-prefix SINK
+// RUN: llmir-opt %s -p sink-logits-rows,sink-logits-rows | filecheck %s --check-prefix SINK
 // RUN: llmir-opt %s -p "sink-logits-rows{at_logits=true}" | filecheck %s --check-prefix STAY
 // RUN: llmir-opt %s -p "sink-logits-rows,specialize-tokens{tokens=32}" | filecheck %s --check-prefix TOKENS
+// RUN: llmir-opt %s -p "sink-logits-rows,specialize-tokens{tokens=4},specialize-tokens{tokens=4}" | filecheck %s --check-prefix FOUR
 // RUN: not llmir-opt %s -p "specialize-tokens{tokens=0}" 2>&1 | filecheck %s --check-prefix ZERO
 
 // A step derived at 7 tokens: the rows that are sampled are taken before the head, of what the cache needs anyway.
@@ -21,6 +23,10 @@
 // TOKENS: llmir.length = 32 : i64
 // TOKENS: func.func @main(%x: tensor<1x32x4xf32>
 // TOKENS: func.return %{{.*}}, %{{.*}} : tensor<1x3x11xf32>, tensor<1x32x4xf32>
+
+// Done already, nothing changes, though the model has sizes of 4 of its own.
+// FOUR: func.func @main(%x: tensor<1x4x4xf32> {llmir.path = "x"}, %head: tensor<4x11xf32>
+// FOUR: func.return %{{.*}}, %{{.*}} : tensor<1x3x11xf32>, tensor<1x4x4xf32>
 
 // ZERO: llmir-opt: error: specialize-tokens: tokens must be at least 1, got 0
 
