@@ -42,6 +42,7 @@ def compile_command(
     if emit and as_json:
         raise click.UsageError("--json is for the report: leave out --emit")
     with options.progress(f"loading {model}", "deriving the decoder", "compiling") as advance:
+        options.import_compiler()
         loaded = options.load_model(model, dtype)
         cache = options.CacheOptions(
             context=loaded.config.max_seq_len, num_pages=num_pages, page_size=page_size, max_seq_len=max_seq_len

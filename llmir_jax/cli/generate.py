@@ -90,6 +90,8 @@ def generate_command(
     if not interactive and token_ids is None:
         prompt = _read_prompt(prompt)
     with options.progress(f"loading {model}", "deriving, compiling and checking the decoder") as advance:
+        options.import_compiler()
+        imported_at = time.perf_counter()
         loaded = options.load_model(model, dtype)
         loaded_at = time.perf_counter()
         context = loaded.config.max_seq_len
@@ -115,7 +117,7 @@ def generate_command(
             if not as_json:
                 _write(text)
         if as_json:
-            times = answer.timings(started=started, loaded=loaded_at, derived=derived_at)
+            times = answer.timings(started=started, imported=imported_at, loaded=loaded_at, derived=derived_at)
             print(json.dumps({"model": model, **_as_dict(answer.output), "timings": times}, ensure_ascii=False))
         else:
             _write("\n")
@@ -192,6 +194,7 @@ class _Answer:
 
     def __init__(self, decoder: "Decoder", ids: Sequence[int], params: "SamplingParams"):
         self._decoder = decoder
+        self._compiled_before = sum(c.seconds for c in decoder.engine.compilations)
         self._updates = decoder.stream(ids, params)
         self._times: list[float] = []  # of each token
         self._output: RequestOutput | None = None
@@ -211,16 +214,20 @@ class _Answer:
         assert self._output is not None, "the answer is not finished"
         return self._output
 
-    def timings(self, *, started: float, loaded: float, derived: float) -> dict[str, float | None]:
-        """Seconds, and tokens a second after the first. What the parts are is in the README."""
-        seconds = self._decoder.report().seconds
-        compilations = self._decoder.engine.compilations
-        check, decoding = seconds.get("self-check", 0.0), self._times[-1] - self._times[0]
+    def timings(self, *, started: float, imported: float, loaded: float, derived: float) -> dict[str, float | None]:
+        """Seconds, and tokens a second after the first one.
+
+        `compile_s` is all compiling, by XLA or read from its cache; `self_check_s` is what the check takes beside it.
+        """
+        check = self._decoder.report().seconds.get("self-check", 0.0)
+        compiling = sum(c.seconds for c in self._decoder.engine.compilations)
+        decoding = self._times[-1] - self._times[0]
         times = {
-            "load_s": loaded - started,
+            "import_s": imported - started,
+            "load_s": loaded - imported,
             "derive_s": derived - loaded - check,
-            "self_check_s": check,
-            "compile_s": sum(c.seconds for c in compilations),
+            "compile_s": compiling,
+            "self_check_s": check - self._compiled_before if check else 0.0,
             "first_token_s": self._times[0] - started,
             "total_s": time.perf_counter() - started,
             "tok_s": (len(self._times) - 1) / decoding if decoding else None,

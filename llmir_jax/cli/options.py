@@ -92,13 +92,20 @@ def progress(*stages: str) -> Iterator[Callable[[], None]]:
         yield advance
 
 
-def load_model(name: str, dtype: str) -> "Loaded":
-    """The model, its compiled programs kept on disk from now on."""
+def import_compiler() -> None:
+    """Import what takes long, before anything is timed by itself; compiled programs are kept on disk from now on."""
     import jax
 
-    from llmir_jax.load import load
+    import llmir_jax.decoder
+    import llmir_jax.load  # noqa: F401
 
     keep_compilations(jax)
+
+
+def load_model(name: str, dtype: str) -> "Loaded":
+    """The model; a terminal is told if it has to be fetched first, since pip reports below it."""
+    from llmir_jax.load import load
+
     if name == smollm2.NAME and sys.stderr.isatty() and not (smollm2.cache_dir() / smollm2.FILE_NAME).exists():
         click.echo(f"llmir: fetching {name} (about 90 MB, once)", err=True)
     return load(name, dtype=dtype)
