@@ -39,6 +39,11 @@ def write_pages(
         num_tokens: int32 []; rows from it on are padding and are not written.
     """
     num_pages, page_size, *row = k_pages.shape
+    if k.shape[0] == 1:
+        # XLA makes a scatter of one row a read, a choice and an update, and copies the whole array for the read
+        k, v = (jnp.concatenate([x, x]) for x in (k, v))
+        seq_ids, positions = (jnp.concatenate([x, x]) for x in (seq_ids, positions))
+        num_tokens = jnp.minimum(num_tokens, 1)
     rows = jnp.arange(k.shape[0], dtype=jnp.int32)
     valid = rows < num_tokens
     page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
