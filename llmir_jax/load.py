@@ -1,7 +1,8 @@
 """`llmir.load`: a model, its tokenizer and its chat template, from whatever names them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from jax.typing import DTypeLike
 
 from llmir_jax.chat import ChatTemplate
 from llmir_jax.checkpoint import hub, smollm2
-from llmir_jax.checkpoint.assemble import ModelConfig
-from llmir_jax.checkpoint.gguf import load_gguf
+from llmir_jax.checkpoint.assemble import ModelConfig, abstract_model, assemble, open_source
+from llmir_jax.checkpoint.gguf import read_gguf
 from llmir_jax.checkpoint.gguf_file import GGUFFile
 from llmir_jax.checkpoint.gguf_tokenizer import read_tokenizer
-from llmir_jax.checkpoint.orbax import MANIFEST, load_orbax, save_orbax
-from llmir_jax.checkpoint.safetensors import load_huggingface
+from llmir_jax.checkpoint.orbax import MANIFEST, read_orbax, save_orbax
+from llmir_jax.checkpoint.safetensors import read_huggingface, read_text_files
+from llmir_jax.checkpoint.source import ParameterSource
 from llmir_jax.errors import CheckpointError, LlmirError, RequestError
+from llmir_jax.quantization import STORED, Quantize, QuantizedArray, Scheme
 from llmir_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,17 +30,32 @@ JIT_OPTIONS = ("quantize", "mesh", "target")
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Loaded:
-    """A model that was loaded. `tokenizer` and `chat_template` are None where the checkpoint has none."""
+    """A model that was loaded: its weights are read when they are needed."""
 
     name: str
     config: ModelConfig
-    model: nnx.Module
+    abstract_model: nnx.Module
+    """The model with a shape and dtype in place of every array."""
+    source: ParameterSource
+    """What reads its parameters, one at a time."""
     tokenizer: Tokenizer | None
+    """None where the checkpoint has none."""
     chat_template: ChatTemplate | None
+    """None where the checkpoint has none."""
+    quantized: bool = False
+    """Whether `decoder` and `save` take the quantized arrays of `source.stored` as they are, unless told otherwise."""
 
     def __repr__(self) -> str:
-        num_params = sum(x.size for x in jax.tree.leaves(nnx.state(self.model)))
-        return f"Loaded({self.name!r}: {type(self.model).__name__} of {num_params:,} parameters)"
+        kind, num_params = type(self.abstract_model).__name__, self.source.num_elements
+        return f"Loaded({self.name!r}: {kind} of {num_params:,} parameters)"
+
+    @cached_property
+    def model(self) -> nnx.Module:
+        """The model with all its weights, as floats. They are read when this is first used, and kept.
+
+        Raises CheckpointError if the files were changed or removed since `load`.
+        """
+        return assemble(self.abstract_model, self.source)
 
     @staticmethod
     def forward(model: Any, tokens: jax.Array) -> jax.Array:
@@ -60,17 +78,55 @@ class Loaded:
     def decoder(self, **options: Any) -> Any:
         """`llmir.jit(forward, …).decoder(model, …)`: quantize, mesh and target go to `jit`, the rest to `decoder`.
 
-        The decoder has this model's tokenizer and, unless `max_seq_len` is given, its whole context.
+        The decoder has this model's tokenizer and, unless `max_seq_len` is given, its whole context. With `quantize`
+        the weights are quantized one at a time as they are read, and the model is never in memory as floats.
         """
         from llmir_jax.jit import jit  # here, since the compiler is not needed to read a checkpoint
 
+        if self.quantized:
+            options.setdefault("quantize", STORED)
         compile_options = {name: options.pop(name) for name in JIT_OPTIONS if name in options}
         options.setdefault("max_seq_len", self.config.max_seq_len)
-        return jit(self.forward, **compile_options).decoder(self.model, tokenizer=self.tokenizer, **options)
+        options["tokenizer"] = self.tokenizer
+        forward = jit(self.forward, **compile_options)
+        if compile_options.get("quantize") is None:
+            return forward.decoder(self.model, **options)
+        return forward.decoder(self.abstract_model, source=self.source, **options)
+
+    def quantize(self, option: Quantize) -> "Loaded":
+        """This model with its weights quantized, now and once, for `save` and for any number of decoders.
+
+        `option` is what `quantize` of `decoder` takes. Raises LlmirError for what it cannot mean, and for weights that
+        cannot be quantized.
+        """
+        plan = self.source.plan(option)
+        arrays = {path: self.source.read_quantized(path, scheme) for path, scheme in plan.schemes.items()}
+        return self.with_quantized(arrays, plan.schemes)
+
+    def with_quantized(
+        self, arrays: Mapping[str, QuantizedArray], schemes: Mapping[str, Scheme] | None = None
+    ) -> "Loaded":
+        """This model with these arrays [outputs, inputs] in place of some weights, by path.
+
+        `schemes` has the schemes of those that go with quantized activations. Raises CheckpointError for arrays that do
+        not fit the model.
+        """
+        return replace(self, source=self.source.replaced(arrays, schemes), quantized=True)
 
     def save(self, path: str | Path) -> None:
-        """Write an orbax checkpoint, a new directory at `path` that `llmir.load` reads again."""
-        save_orbax(Path(path), self.config, self.model, self.tokenizer, self.chat_template)
+        """Write an orbax checkpoint, a new directory at `path` that `llmir.load` reads again.
+
+        Of a `quantized` model the quantized arrays are written, bit for bit; of others floats.
+        """
+        plan = self.source.plan(STORED if self.quantized else None)
+        save_orbax(
+            Path(path),
+            self.config,
+            self.source.load(plan),
+            schemes=plan.schemes,
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+        )
 
 
 def load(name: str | Path, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None) -> Loaded:
@@ -79,6 +135,7 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, param_dtype: DType
     `name` is "smollm2-135m", which is fetched; a directory with Hugging Face's files or with those of `Loaded.save`; a
     .gguf file; or "org/name" on the Hugging Face hub. What exists on disk goes before the hub.
     Computes in `dtype`, float32 unless given; weights are kept in `param_dtype`, the same unless given.
+    Files are checked now, weights are read when they are needed: keep the files until then.
     Raises CheckpointError for what is missing, damaged or not supported.
     """
     compute = _dtype("dtype", dtype, "float32")
@@ -86,9 +143,19 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, param_dtype: DType
     path = _locate(name)
     if path.is_file():
         return _from_gguf(str(name), path, **dtypes)
-    read = load_orbax if (path / MANIFEST).exists() else load_huggingface
-    config, model, tokenizer, chat_template = read(path, **dtypes)
-    return Loaded(name=str(name), config=config, model=model, tokenizer=tokenizer, chat_template=chat_template)
+    if (path / MANIFEST).exists():
+        return _from_orbax(str(name), path, **dtypes)
+    config, sources, reader = read_huggingface(path)
+    tokenizer, chat_template = read_text_files(path)
+    model = abstract_model(config, **dtypes)
+    return Loaded(
+        name=str(name),
+        config=config,
+        abstract_model=model,
+        source=open_source(model, sources, reader),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
 
 
 def _locate(name: str | Path) -> Path:
@@ -119,10 +186,36 @@ def _dtype(option: str, given: DTypeLike | None, default: DTypeLike) -> Any:
 def _from_gguf(name: str, path: Path, *, dtype: DTypeLike, param_dtype: DTypeLike) -> Loaded:
     file = GGUFFile(path)
     tokenizer = read_tokenizer(file) if "tokenizer.ggml.model" in file.metadata else None
-    config, model = load_gguf(file, dtype=dtype, param_dtype=param_dtype)
-    source, special = file.metadata.get("tokenizer.chat_template"), {}
+    config, sources = read_gguf(file)
+    template, special = file.metadata.get("tokenizer.chat_template"), {}
     if tokenizer is not None:
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         special = {token: text for token, text in tokens.items() if text is not None}
-    chat_template = ChatTemplate(source=source, special_tokens=special) if isinstance(source, str) else None
-    return Loaded(name=name, config=config, model=model, tokenizer=tokenizer, chat_template=chat_template)
+    model = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
+    return Loaded(
+        name=name,
+        config=config,
+        abstract_model=model,
+        source=open_source(model, sources, file),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(source=template, special_tokens=special) if isinstance(template, str) else None,
+    )
+
+
+def _from_orbax(name: str, path: Path, *, dtype: DTypeLike, param_dtype: DTypeLike) -> Loaded:
+    models: list[nnx.Module] = []
+
+    def abstract(config: ModelConfig) -> nnx.Module:
+        models.append(abstract_model(config, dtype=dtype, param_dtype=param_dtype))
+        return models[0]
+
+    config, source, tokenizer, chat_template = read_orbax(path, abstract)
+    return Loaded(
+        name=name,
+        config=config,
+        abstract_model=models[0],
+        source=source,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        quantized=bool(source.stored),
+    )

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
-from jax.typing import DTypeLike
 
-from llmir_jax.checkpoint.assemble import MAX_LAYERS, MAX_SIZE, ModelConfig, assemble
+from llmir_jax.checkpoint.assemble import MAX_LAYERS, MAX_SIZE, ModelConfig
 from llmir_jax.checkpoint.gguf_file import GGUFFile
 from llmir_jax.checkpoint.names import gguf_sources
+from llmir_jax.checkpoint.source import Source
 from llmir_jax.errors import CheckpointError
 from llmir_jax.models.gpt2 import GPT2Config
 from llmir_jax.models.llama import LlamaConfig
@@ -28,20 +27,19 @@ FIXED_KEYS: dict[str, Any] = {
 }
 
 
-def load_gguf(file: GGUFFile, *, dtype: DTypeLike, param_dtype: DTypeLike) -> tuple[ModelConfig, nnx.Module]:
-    """The config and the model of a GGUF file, its weights dequantized to `param_dtype`.
+def read_gguf(file: GGUFFile) -> tuple[ModelConfig, dict[str, Source]]:
+    """The config of a GGUF file, and where each parameter is in it.
 
-    Raises CheckpointError for an unknown architecture, a hyperparameter our models do not have, and for tensors
-    that are missing, left over or of the wrong shape.
+    Raises CheckpointError for an unknown architecture, a hyperparameter our models do not have, and for tensors that
+    are left over.
     """
     config = read_config(file)
     # llama.cpp turns neighbouring channels for "llama" and halves for the others, and permutes "llama" weights to suit.
-    sources = gguf_sources(config, interleaved=file.metadata["general.architecture"] == "llama")
-    return config, assemble(config, sources, file, dtype=dtype, param_dtype=param_dtype)
+    return config, gguf_sources(config, interleaved=file.metadata["general.architecture"] == "llama")
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
-    """The config that the metadata and the tensors' shapes give, with the errors of `load_gguf`."""
+    """The config that the metadata and the tensors' shapes give, with the errors of `read_gguf`."""
     num_parts = file.metadata.get("split.count", 1)
     if num_parts != 1:
         raise CheckpointError(

@@ -14,8 +14,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jax.typing import DTypeLike
 
+from llmir_jax.checkpoint.files import StableFile
+from llmir_jax.checkpoint.gguf_blocks import block_scheme, quantized_from_blocks
 from llmir_jax.errors import CheckpointError
+from llmir_jax.quantization import QuantizedArray, Scheme
 
 GGML = gguf.GGMLQuantizationType
 SUPPORTED_TYPES = tuple(
@@ -55,30 +59,40 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._bytes = np.memmap(path, np.uint8, mode="r")
+            self._file = StableFile(path)
+            mapped = np.memmap(path, np.uint8, mode="r")
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from None
-        header = _Header(path, self._bytes)
+        header = _Header(path, mapped)
         self.metadata: Mapping[str, Any] = header.metadata
         self.tensors: Mapping[str, GGUFTensor] = header.tensors
         self.shapes: Mapping[str, tuple[int, ...]] = {name: t.shape for name, t in self.tensors.items()}
+        schemes = {name: block_scheme(t.kind) for name, t in self.tensors.items() if len(t.shape) == 2}
+        self.stored: Mapping[str, Scheme] = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+    def check(self, name: str) -> None:
+        """Nothing: a tensor of a type that is not read is refused with the file."""
 
     def raw(self, name: str) -> np.ndarray:
         """The tensor's bytes as stored: uint8[..., bytes of a row]."""
         tensor = self.tensors[name]
-        stored = self._bytes[tensor.offset : tensor.offset + tensor.num_bytes]
+        stored = self._file.read(tensor.offset, tensor.num_bytes)
         return stored.reshape(*tensor.shape[:-1], -1) if tensor.num_bytes else stored
 
     def read(self, name: str) -> np.ndarray:
         tensor, raw = self.tensors[name], self.raw(name)
         if tensor.kind == GGML.F32:
-            return raw.view(np.float32).copy()  # not the file's mapping: the file may be overwritten later
+            return raw.view(np.float32)
         if tensor.kind == GGML.F16:
             return raw.view(np.float16)
         values: np.ndarray = gguf.dequantize(raw, tensor.kind)
         return values
+
+    def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
+        """A tensor of `stored`: its blocks, bit for bit."""
+        return quantized_from_blocks(self.raw(name), self.tensors[name].kind, dtype)
 
 
 class _Header:

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Iterator
 
-from llmir_jax.checkpoint.assemble import ModelConfig, Source
+from llmir_jax.checkpoint.assemble import ModelConfig
+from llmir_jax.checkpoint.source import Source
 from llmir_jax.models.gpt2 import GPT2Config
 from llmir_jax.models.llama import LlamaConfig
 

@@ -1,8 +1,9 @@
 """A checkpoint of our own: the weights by orbax, and beside them the config, tokenizer and chat template as text.
 
 my-model/
-  llmir.json             format, architecture, config, special tokens, SHA-256 of each file of weights
-  weights/               orbax: {"layers.0.attn.q.kernel": array, …}
+  llmir.json             format, architecture, config, special tokens, schemes of quantized parameters, SHA-256 of each
+                         file of weights
+  weights/               orbax: {"layers.0.attn.q.kernel": array, …}, of a quantized one {"values": array, "scales": …}
   tokenizer.json         if the model has a tokenizer
   chat_template.jinja    if it has a chat template
 """
@@ -12,22 +13,23 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
-from jax.typing import DTypeLike
 
 from llmir_jax.chat import ChatTemplate
-from llmir_jax.checkpoint.assemble import ModelConfig, abstract_model
+from llmir_jax.checkpoint.assemble import ModelConfig, open_source, parameter_path
+from llmir_jax.checkpoint.orbax_tensors import OrbaxReader, to_tree
 from llmir_jax.checkpoint.safetensors import read_json
-from llmir_jax.errors import CheckpointError
+from llmir_jax.checkpoint.source import Parameter, ParameterSource, Source
+from llmir_jax.errors import CheckpointError, LlmirError
 from llmir_jax.models.gpt2 import GPT2Config
 from llmir_jax.models.llama import LlamaConfig
 from llmir_jax.models.rope import FrequencyFactors, LinearScaling, Llama3Scaling
+from llmir_jax.quantization import Scheme, parse_scheme
 from llmir_jax.tokenizer import Tokenizer, read_tokenizer_json
 
 MANIFEST = "llmir.json"
@@ -39,11 +41,16 @@ SCALINGS: Mapping[str, Any] = {"linear": LinearScaling, "llama3": Llama3Scaling,
 def save_orbax(
     path: Path,
     config: ModelConfig,
-    model: nnx.Module,
+    parameters: Mapping[str, Parameter],
+    *,
+    schemes: Mapping[str, Scheme],
     tokenizer: Tokenizer | None = None,
     chat_template: ChatTemplate | None = None,
 ) -> None:
-    """Write the model to `path`, a directory that does not exist yet. An interrupted save leaves no such directory."""
+    """Write a model to `path`, a directory that does not exist yet. An interrupted save leaves no such directory.
+
+    `schemes` has that of each quantized parameter.
+    """
     import orbax.checkpoint
 
     if path.exists():
@@ -52,6 +59,7 @@ def save_orbax(
         "format": FORMAT,
         "version": VERSION,
         **_config_to_json(config),
+        "quantized": {name: scheme.name for name, scheme in schemes.items()},
         "tokenizer": None,
         "special_tokens": {},
     }
@@ -69,7 +77,7 @@ def save_orbax(
             if chat_template is not None:
                 (folder / "chat_template.jinja").write_text(chat_template.source, encoding="utf-8")
                 manifest["special_tokens"] = dict(chat_template.special_tokens)
-            arrays = {_path(key): variable.get_value() for key, variable in nnx.to_flat_state(nnx.state(model))}
+            arrays = {name: to_tree(parameter) for name, parameter in parameters.items()}
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder / "weights", arrays)
                 checkpointer.wait_until_finished()
@@ -80,10 +88,13 @@ def save_orbax(
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
 
-def load_orbax(
-    folder: Path, *, dtype: DTypeLike, param_dtype: DTypeLike
-) -> tuple[ModelConfig, nnx.Module, Tokenizer | None, ChatTemplate | None]:
-    """What `save_orbax` wrote. Raises CheckpointError for files that are missing, damaged or of another model."""
+def read_orbax(
+    folder: Path, abstract: Callable[[ModelConfig], nnx.Module]
+) -> tuple[ModelConfig, ParameterSource, Tokenizer | None, ChatTemplate | None]:
+    """What `save_orbax` wrote, for the model of shapes that `abstract` makes of its config.
+
+    Raises CheckpointError for files that are missing, damaged or of another model.
+    """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(
@@ -91,42 +102,24 @@ def load_orbax(
             f"expected {FORMAT!r} version {VERSION}"
         )
     config = _config_from_json(manifest, folder / MANIFEST)
+    schemes = _schemes_from_json(manifest, folder / MANIFEST)
     # Checked here, since orbax would pass over damage to the numbers and report other damage from several threads.
     wanted, found = manifest.get("sha256") or {}, _digests(folder / "weights")
     if damaged := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise CheckpointError(f"{folder / 'weights' / damaged[0]}: missing or damaged; copy the checkpoint again")
-    graph, state = nnx.split(abstract_model(config, dtype=dtype, param_dtype=param_dtype))
-    flat = nnx.to_flat_state(state)
-    arrays = _restore(folder / "weights", {_path(key): variable.get_value() for key, variable in flat})
-    filled = [(key, variable.replace(arrays[_path(key)])) for key, variable in flat]
-    model = nnx.merge(graph, nnx.from_flat_state(filled))
-    return config, model, *_read_text_files(folder, manifest)
-
-
-def _restore(folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    import orbax.checkpoint
-
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        try:
-            found = {
-                name: tuple(entry.shape)
-                for name, entry in checkpointer.metadata(folder.resolve()).item_metadata.tree.items()
-            }
-        except Exception as error:  # tensorstore, orbax and the file system each raise their own
-            raise _damaged(folder, error) from None
-        expected = {name: x.shape for name, x in target.items()}
-        if found != expected:
-            name = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {found.get(name)}, but {MANIFEST} asks for {expected.get(name)}"
-            )
-        try:
-            restored: dict[str, jax.Array] = checkpointer.restore(folder.resolve(), target)
-        except Exception as error:
-            raise _damaged(folder, error) from None
-    return restored
+    reader = OrbaxReader(folder / "weights", schemes)
+    model = abstract(config)
+    shapes = {parameter_path(key): tuple(v.get_value().shape) for key, v in nnx.to_flat_state(nnx.state(model))}
+    sources = {name: Source(name=name, transposed=name in schemes and name.endswith(".kernel")) for name in shapes}
+    expected = {name: shape[::-1] if sources[name].transposed else shape for name, shape in shapes.items()}
+    if reader.shapes != expected:
+        names = reader.shapes.keys() | expected.keys()
+        name = min(n for n in names if reader.shapes.get(n) != expected.get(n))
+        raise CheckpointError(
+            f"{folder / 'weights'}: tensor {name!r} has shape {reader.shapes.get(name)}, but {MANIFEST} asks for "
+            f"{expected.get(name)}"
+        )
+    return config, open_source(model, sources, reader), *_read_text_files(folder, manifest)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -139,11 +132,6 @@ def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
         return {path.relative_to(folder).as_posix(): d for path, d in zip(files, pool.map(digest, files), strict=True)}
-
-
-def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    first_line = (str(error).strip().splitlines() or [""])[0][:200]
-    return CheckpointError(f"{folder}: truncated or corrupt orbax checkpoint: {type(error).__name__}: {first_line}")
 
 
 def _read_text_files(folder: Path, manifest: Mapping[str, Any]) -> tuple[Tokenizer | None, ChatTemplate | None]:
@@ -186,9 +174,13 @@ def _config_from_json(manifest: Mapping[str, Any], where: Path) -> ModelConfig:
     return config
 
 
+def _schemes_from_json(manifest: Mapping[str, Any], where: Path) -> dict[str, Scheme]:
+    quantized = manifest.get("quantized", {})
+    try:
+        return {str(name): parse_scheme(scheme) for name, scheme in quantized.items()}
+    except (AttributeError, LlmirError) as error:
+        raise CheckpointError(f"{where}: 'quantized' is not what this version wrote: {error}") from None
+
+
 def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _path(key: tuple[Any, ...]) -> str:
-    return ".".join(map(str, key))

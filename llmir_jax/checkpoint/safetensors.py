@@ -1,38 +1,45 @@
 """A model from a Hugging Face directory: config, weights in one .safetensors file or in shards, tokenizer, template."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
-from flax import nnx
 from jax.typing import DTypeLike
 
 from llmir_jax.chat import ChatTemplate
-from llmir_jax.checkpoint.assemble import ModelConfig, assemble
+from llmir_jax.checkpoint.assemble import ModelConfig
+from llmir_jax.checkpoint.files import StableFile
 from llmir_jax.checkpoint.hf_config import read_hf_config
 from llmir_jax.checkpoint.names import huggingface_sources
+from llmir_jax.checkpoint.source import Source
 from llmir_jax.errors import CheckpointError
+from llmir_jax.quantization import QuantizedArray, Scheme
 from llmir_jax.tokenizer import Tokenizer, read_tokenizer_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES: Mapping[str, Any] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 # Buffers that old versions of transformers wrote beside the weights: what they hold follows from the config.
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def load_huggingface(
-    folder: Path, *, dtype: DTypeLike, param_dtype: DTypeLike
-) -> tuple[ModelConfig, nnx.Module, Tokenizer | None, ChatTemplate | None]:
-    """The config, model, tokenizer and chat template in `folder`; None for the last two where it has none.
+def read_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Source], "SafetensorsReader"]:
+    """The config in `folder`, where each parameter is, and what reads it.
 
     Raises CheckpointError for files that are missing or damaged, an unknown architecture, a config our models do not
-    have, and for tensors that are missing, left over or of the wrong shape.
+    have, and for tensors that are left over.
     """
     if not (folder / "config.json").exists() and (found := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder}: no config.json, but {found[0].name}: load {found[0]}")
@@ -46,50 +53,66 @@ def load_huggingface(
             f"{folder}: {len(leftovers)} tensors are not of the architecture in config.json, such as {leftovers[0]!r}; "
             "this variant of the model is not supported"
         )
-    tokenizer, chat_template = read_text_files(folder)
-    model = assemble(config, sources, reader, dtype=dtype, param_dtype=param_dtype)
-    return config, model, tokenizer, chat_template
+    return config, sources, reader
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    file: Any  # the safetensors package's open file
-    path: Path
+    file: StableFile
+    offset: int  # in the file, in bytes
     dtype: str
 
 
 class SafetensorsReader:
-    """The tensors of one or several .safetensors files in `path`, a directory."""
+    """The tensors of one or several .safetensors files in `path`, a directory.
+
+    The package checks a file when it is opened. Tensors are read here: it maps the whole file into memory.
+    Source: https://huggingface.co/docs/safetensors/index#format.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.stored: Mapping[str, Scheme] = {}  # none of the quantized formats of others is read
         self._stored: dict[str, _Stored] = {}
         for shard in _shards(path):
             self._open(shard)
 
     def _open(self, path: Path) -> None:
         try:
-            file: Any = safetensors.safe_open(str(path), framework="np")
-            names = file.keys()
+            file = StableFile(path)
+            opened: Any = safetensors.safe_open(str(path), framework="np")
+            names = opened.keys()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete: fetch it again") from None
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from None
+        header_bytes = int(file.read(0, 8).view("<u8")[0])
+        header = json.loads(file.read(8, header_bytes).tobytes())
         for name in names:
-            view = file.get_slice(name)
+            view = opened.get_slice(name)
             self.shapes[name] = tuple(view.get_shape())
-            self._stored[name] = _Stored(file=file, path=path, dtype=view.get_dtype())
+            offset = 8 + header_bytes + header[name]["data_offsets"][0]
+            self._stored[name] = _Stored(file=file, offset=offset, dtype=view.get_dtype())
 
-    def read(self, name: str) -> np.ndarray:
+    def check(self, name: str) -> None:
+        """Raises CheckpointError for a tensor that is not of a floating-point type."""
         stored = self._stored[name]
         if stored.dtype not in DTYPES:
             raise CheckpointError(
-                f"{stored.path}: tensor {name!r} is of type {stored.dtype}; expected one of {', '.join(DTYPES)}: "
+                f"{stored.file.path}: tensor {name!r} is of type {stored.dtype}; expected one of {', '.join(DTYPES)}: "
                 "take the checkpoint that was not quantized"
             )
-        array: np.ndarray = stored.file.get_tensor(name)
+
+    def read(self, name: str) -> np.ndarray:
+        stored, shape = self._stored[name], self.shapes[name]
+        dtype = DTYPES[stored.dtype]
+        data = stored.file.read(stored.offset, math.prod(shape) * dtype.itemsize)
+        array: np.ndarray = data.view(dtype).reshape(shape)
         return array
+
+    def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
+        raise CheckpointError(f"{self.path}: tensor {name!r} is not quantized")
 
 
 def _shards(folder: Path) -> list[Path]:

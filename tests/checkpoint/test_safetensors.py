@@ -152,6 +152,7 @@ def test_buffers_of_old_versions_are_skipped(copy_of: Callable[[str], Path]) -> 
 
     tokens = np.arange(8, dtype=np.int32)[None]
     before = llmir.load(folder)
+    assert before.model is before.model  # read before the file is replaced, and kept
     rewrite_tensors(folder, as_published_in_2019)
     after = llmir.load(folder)
     np.testing.assert_array_equal(*(jax.jit(x.forward)(x.model, tokens) for x in (before, after)))

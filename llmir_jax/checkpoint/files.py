@@ -1,0 +1,37 @@
+"""A file that is read in pieces, some of them much later than it was opened."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from llmir_jax.errors import CheckpointError
+
+
+class StableFile:
+    """Pieces of a file, copied: what is mapped would count as memory in use, as long as the mapping lasts.
+
+    Raises CheckpointError for a file that is gone or has been changed since this was made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError for a file that cannot be opened."""
+        self.path = path
+        self._state = _state(path)
+
+    def read(self, offset: int, num_bytes: int) -> np.ndarray:
+        """uint8[num_bytes] from byte `offset` on."""
+        try:
+            if _state(self.path) != self._state:
+                raise CheckpointError(f"{self.path}: changed since it was opened; load the model again")
+            data: np.ndarray = np.fromfile(self.path, np.uint8, num_bytes, offset=offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read any more: {error}") from None
+        if len(data) != num_bytes:
+            raise CheckpointError(f"{self.path}: truncated at byte {offset + len(data):,}; fetch it again")
+        return data
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns

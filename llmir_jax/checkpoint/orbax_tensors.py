@@ -1,0 +1,103 @@
+"""The tensors of a checkpoint of our own, each restored by orbax when it is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from llmir_jax.errors import CheckpointError, LlmirError
+from llmir_jax.quantization import QuantizedArray, Scheme
+
+PARTS = ("values", "scales", "zero_points", "minima")
+
+
+def to_tree(parameter: Any) -> Any:
+    """What orbax is given for a parameter: the array, or a dict of those of a quantized one."""
+    if not isinstance(parameter, QuantizedArray):
+        return parameter
+    return {part: array for part in PARTS if (array := getattr(parameter, part)) is not None}
+
+
+class OrbaxReader:
+    """The tensors in `path`, the directory that orbax wrote: `to_tree` of each, by name.
+
+    `stored` says which are quantized, [outputs, inputs]. Raises CheckpointError where it does not fit what is there.
+    """
+
+    def __init__(self, path: Path, stored: Mapping[str, Scheme]) -> None:
+        import orbax.checkpoint
+
+        self.path = path
+        self.stored = stored
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            try:
+                self._entries: dict[str, Any] = dict(checkpointer.metadata(path.resolve()).item_metadata.tree)
+            except Exception as error:  # tensorstore, orbax and the file system each raise their own
+                raise _damaged(path, error) from None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, entry in self._entries.items():
+            if isinstance(entry, dict) != (name in stored):
+                raise CheckpointError(f"{path}: tensor {name!r} is quantized in one of weights and manifest only")
+            quantized = self._quantized(name, entry, jnp.float32) if name in stored else None
+            self.shapes[name] = tuple(entry.shape) if quantized is None else quantized.shape
+
+    def check(self, name: str) -> None:
+        """Raises CheckpointError for a tensor that is not of a floating-point type."""
+        if name not in self.stored and not jnp.issubdtype(self._entries[name].dtype, jnp.floating):
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is of type {self._entries[name].dtype}; expected a floating-point one"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, dequantized if need be."""
+        if name in self.stored:
+            return np.asarray(self.read_quantized(name, jnp.float32).dequantize())
+        array: np.ndarray = self._restore(name)
+        return array
+
+    def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
+        """A tensor of `stored`, bit for bit."""
+        return self._quantized(name, {part: jnp.asarray(array) for part, array in self._restore(name).items()}, dtype)
+
+    def _quantized(self, name: str, parts: Any, dtype: DTypeLike) -> QuantizedArray:
+        """Of arrays, or of what has the shapes and dtypes of arrays."""
+        scheme = self.stored[name]
+        try:
+            n, packed = parts["values"].shape
+            k = packed * 8 // scheme.bits
+            array = QuantizedArray(
+                **{part: parts.get(part) for part in PARTS},
+                bits=scheme.bits,
+                group_size=scheme.group_size or k,
+                shape=(n, k),
+                dtype=jnp.dtype(dtype),
+            )
+            array.check(name)
+        except (KeyError, ValueError, AttributeError, LlmirError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is not of the manifest's format: {error}") from None
+        if array.kind != scheme.kind or array.scales.dtype != scheme.dtype:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is {array.scheme.name!r}, but the manifest says {scheme.name!r}"
+            )
+        return array
+
+    def _restore(self, name: str) -> Any:
+        import jax
+        import orbax.checkpoint as ocp
+
+        wanted = {name: self._entries[name]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            try:
+                return checkpointer.restore(self.path.resolve(), args=args)[name]
+            except Exception as error:
+                raise _damaged(self.path, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    return CheckpointError(f"{folder}: truncated or corrupt orbax checkpoint: {type(error).__name__}: {first_line}")

@@ -1,0 +1,213 @@
+"""A model's parameters in a checkpoint, read one at a time: as floats, or as quantized arrays."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from llmir_jax.errors import CheckpointError
+from llmir_jax.quantization import Plan, Quantize, QuantizedArray, Scheme, make_plan, quantize
+
+Parameter = jax.Array | QuantizedArray
+
+
+class TensorReader(Protocol):
+    """The tensors of a checkpoint, on disk."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def stored(self) -> Mapping[str, Scheme]:
+        """The formats of tensors that are quantized matrices [outputs, inputs]."""
+
+    def check(self, name: str) -> None:
+        """Raises CheckpointError for a tensor that cannot be read for what it is."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Floating-point values of any type, dequantized if need be."""
+
+    def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
+        """A tensor of `stored`, bit for bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a parameter comes from: the tensor's name, and what was done to it that must be undone."""
+
+    name: str
+    transposed: bool = False  # stored [out, in]; ours are [in, out]
+    interleaved_heads: int | None = None  # rows of this many heads, the channels of each RoPE pair side by side
+
+
+class ParameterSource:
+    """The parameters of a model, by path ("layers.0.attn.q.kernel"), each read when it is asked for and not kept.
+
+    Attributes:
+        parameters: path → shape and dtype, as the model has it.
+        matrices: path → (outputs N, inputs K) of what can be quantized: kernels [K, N] and the token table [N, K].
+        stored: path → format of those that are quantized already, in the checkpoint or by `replaced`.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, jax.ShapeDtypeStruct], sources: Mapping[str, Source], reader: TensorReader
+    ) -> None:
+        """Raises CheckpointError for a tensor that is missing, of another shape than its parameter, or of no floats."""
+        self.parameters = dict(parameters)
+        self.matrices = {
+            path: shape
+            for path, parameter in parameters.items()
+            if (shape := _matrix_shape(path, parameter.shape)) is not None
+        }
+        self._sources = sources
+        self._reader = reader
+        self._replaced: dict[str, QuantizedArray] = {}
+        for path, parameter in self.parameters.items():
+            _check(reader, sources[path], parameter.shape)
+        self.stored: dict[str, Scheme] = {
+            path: reader.stored[sources[path].name] for path in self.matrices if sources[path].name in reader.stored
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path → shape of every parameter."""
+        return {path: tuple(parameter.shape) for path, parameter in self.parameters.items()}
+
+    @property
+    def num_elements(self) -> int:
+        """Of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def plan(self, option: Quantize) -> Plan:
+        """What the option `quantize` means for these parameters. Raises LlmirError, see `make_plan`."""
+        return make_plan(option, self.shapes, matrices=self.matrices, stored=self.stored)
+
+    def read(self, path: str) -> jax.Array:
+        """The parameter as floats, of its shape and dtype in the model."""
+        dtype = self.parameters[path].dtype
+        if path in self._replaced:
+            matrix = self._replaced[path].dequantize(dtype)
+            return matrix.T if _is_kernel(path) else matrix
+        source = self._sources[path]
+        array = self._rows_in_order(source, self._reader.read(source.name))
+        if source.transposed:
+            array = array.T
+        # Contiguous and of the right dtype, it is handed to JAX without another copy.
+        return jnp.asarray(np.ascontiguousarray(array.astype(dtype, copy=False)))
+
+    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
+        """One of `matrices`, [outputs, inputs]: bit for bit what is `stored` if that is of the scheme's format.
+
+        Raises LlmirError that names the parameter, see `quantize`.
+        """
+        shape, dtype = self.matrices[path], self.parameters[path].dtype
+        scheme = scheme.fitted(shape, name=path)
+        if path in self.stored and _format(self.stored[path], shape) == _format(scheme, shape):
+            return self._replaced[path] if path in self._replaced else self._read_stored(path)
+        if path in self._replaced:
+            return quantize(self._replaced[path].dequantize(), scheme, name=path, dtype=dtype)
+        source = self._sources[path]
+        array = self._rows_in_order(source, self._reader.read(source.name))
+        if _is_kernel(path) and not source.transposed:
+            array = array.T
+        return quantize(array, scheme, name=path, dtype=dtype)
+
+    def load(self, plan: Plan) -> dict[str, Parameter]:
+        """Every parameter, quantized where the plan says so. One at a time is in memory as floats.
+
+        Raises LlmirError that names the parameter, see `quantize`.
+        """
+        schemes = {path: plan.get(path) for path in self.parameters}
+        return {
+            path: self.read(path) if scheme is None else self.read_quantized(path, scheme)
+            for path, scheme in schemes.items()
+        }
+
+    def replaced(
+        self, parameters: Mapping[str, QuantizedArray], schemes: Mapping[str, Scheme] | None = None
+    ) -> "ParameterSource":
+        """These parameters with some quantized arrays in their place, which are then `stored`.
+
+        `schemes` says which of them are meant to be used with quantized activations. Raises CheckpointError for what is
+        none of `matrices`, or of another shape.
+        """
+        made = ParameterSource(self.parameters, self._sources, self._reader)
+        made._replaced, made.stored = dict(self._replaced), dict(self.stored)
+        for path, array in parameters.items():
+            if path not in self.matrices:
+                raise CheckpointError(f"{path!r} is no parameter of this model that can be quantized")
+            array.check(path)
+            if array.shape != self.matrices[path]:
+                raise CheckpointError(
+                    f"{path}: quantized {list(array.shape)}; expected {list(self.matrices[path])} (outputs, inputs)"
+                )
+            made._replaced[path] = array
+            made.stored[path] = (schemes or {}).get(path, array.scheme)
+            if _format(made.stored[path], array.shape) != _format(array.scheme, array.shape):
+                raise CheckpointError(f"{path}: scheme {made.stored[path].name!r}, but it is {array.scheme.name!r}")
+        return made
+
+    def _read_stored(self, path: str) -> QuantizedArray:
+        source = self._sources[path]
+        array = self._reader.read_quantized(source.name, self.parameters[path].dtype)
+        for what, part in (("scale", array.scales), ("minimum", array.minima)):
+            if part is not None and not np.isfinite(np.asarray(part, np.float32)).all():
+                raise CheckpointError(
+                    f"{self._reader.path}: {path}: a {what} of tensor {source.name!r} is not finite; fetch it again"
+                )
+        if source.interleaved_heads is None or array.per_tensor:
+            order = None
+        else:
+            order = _split_pairs(np.arange(array.shape[0]), source.interleaved_heads)
+        return array if order is None else jax.tree.map(lambda part: jnp.asarray(np.asarray(part)[order]), array)
+
+    def _rows_in_order(self, source: Source, array: np.ndarray) -> np.ndarray:
+        return array if source.interleaved_heads is None else _split_pairs(array, source.interleaved_heads)
+
+
+def _is_kernel(path: str) -> bool:
+    return path.rpartition(".")[2] == "kernel"
+
+
+def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(outputs, inputs) of a parameter that can be quantized."""
+    if len(shape) != 2:
+        return None
+    if _is_kernel(path):
+        return shape[1], shape[0]
+    return (shape[0], shape[1]) if path == "embed.embedding" else None
+
+
+def _format(scheme: Scheme, shape: tuple[int, int]) -> tuple[Any, ...]:
+    """How a weight [N, K] is stored: equal for a group of K and a whole row."""
+    group_size = scheme.group_size or shape[1]
+    return scheme.bits, group_size, scheme.kind, scheme.scale_dtype, scheme.per_tensor and shape[0] > 1
+
+
+def _check(reader: TensorReader, source: Source, shape: tuple[int, ...]) -> None:
+    stored_shape = tuple(shape[::-1] if source.transposed else shape)
+    found = reader.shapes.get(source.name)
+    if found is None:
+        raise CheckpointError(
+            f"{reader.path}: no tensor {source.name!r}, which the model's config asks for; "
+            "the file is incomplete or of another model: fetch it again"
+        )
+    if found != stored_shape:
+        raise CheckpointError(
+            f"{reader.path}: tensor {source.name!r} has shape {list(found)}, but the model's config asks for "
+            f"{list(stored_shape)}; config and weights are not of the same model"
+        )
+    reader.check(source.name)
+
+
+def _split_pairs(array: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of each head from (pair, member) order to (member, pair): what half-split RoPE turns together."""
+    half = array.shape[0] // num_heads // 2
+    return array.reshape(num_heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
