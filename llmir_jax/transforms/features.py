@@ -256,11 +256,12 @@ def _names(value: SSAValue, leading: Index, depth: int = 0) -> np.ndarray[Any, A
             operands = [_names(x, leading[: len(shape_of(x))], depth + 1) for x in op.operands]
             return _combined(op, shape, operands)
         if isinstance(op, stablehlo.ConstantOp):
-            return _columns(op, shape)
+            return _columns(op, leading)
         if isinstance(op, stablehlo.GatherOp) and _takes_rows(op, len(shape)):
             table = op.operands[0]
-            return _names(table, identity(shape_of(table)[: -len(shape)]), depth + 1)
-    return _named(shape, [(value, i) for i in range(int(np.prod(shape)))])
+            rows = _names(table, identity(shape_of(table)[: -len(shape)]), depth + 1)
+            return _named(shape, [(op.operands[1], leading, name) for name in rows.reshape(-1)])
+    return _named(shape, [(value, leading, i) for i in range(int(np.prod(shape)))])
 
 
 def _named(shape: Sequence[int], names: Sequence[Hashable]) -> np.ndarray[Any, Any]:
@@ -275,11 +276,11 @@ def _combined(op: Operation, shape: Sequence[int], operands: Sequence[np.ndarray
     return _named(shape, [(op.name, result, *names) for names in zip(*flat, strict=True)])
 
 
-def _columns(op: stablehlo.ConstantOp, shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    value = op.value
+def _columns(op: stablehlo.ConstantOp, leading: Index) -> np.ndarray[Any, Any]:
+    value, shape = op.value, shape_of(op.results[0])[len(leading) :]
     assert isinstance(value, DenseIntOrFPElementsAttr)
     columns = dense_to_numpy(value).reshape(-1, int(np.prod(shape))).T
-    return _named(shape, [np.ascontiguousarray(column).tobytes() for column in columns])
+    return _named(shape, [(leading, np.ascontiguousarray(column).tobytes()) for column in columns])
 
 
 def _takes_rows(op: stablehlo.GatherOp, num_features: int) -> bool:

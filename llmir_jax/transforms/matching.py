@@ -172,11 +172,9 @@ def last_place(dtype: np.dtype[Any]) -> float:
 
 
 def is_constant(value: SSAValue, expected: float) -> bool:
-    """Whether every element is `expected`, to the last place of its type."""
+    """Whether every element is `expected`, rounded to its type."""
     got = constant_of(value)
-    if got is None or precision(value.type) is None:
-        return False
-    return bool(abs(float(got) - expected) <= last_place(got.dtype) * abs(expected))
+    return got is not None and precision(value.type) is not None and bool(got == np.asarray(expected).astype(got.dtype))
 
 
 def split_constant(op: Operation) -> tuple[float, SSAValue] | None:

@@ -75,8 +75,8 @@ def _terms(value: SSAValue) -> list[SSAValue]:
 
 
 def _close(value: SSAValue, got: float, expected: float) -> bool:
-    """Whether a scale, a product of a few constants of the type of `value`, is `expected`."""
-    return abs(got - expected) <= 2 * last_place(dtype_of(value)) * abs(expected)
+    """Whether a scale, a constant of the type of `value` or one over it, is `expected`, rounded."""
+    return abs(got - expected) <= 0.51 * last_place(dtype_of(value)) * abs(expected)
 
 
 def _is_scaled(value: SSAValue, scale: float, *expected: SSAValue) -> bool:

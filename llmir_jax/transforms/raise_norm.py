@@ -314,7 +314,7 @@ def _types_fit(statistic: Statistic, root: SSAValue) -> bool:
     """Whether a norm of x's type or of the result's gives the result, its epsilon a float32."""
     bits, wanted = precision(statistic.x.type), precision(root.type)
     assert bits is not None and wanted is not None
-    exact = wanted <= 24 or _is_float32(statistic.epsilon)
+    exact = bool(np.float32(statistic.epsilon) > 0) and (wanted <= 24 or _is_float32(statistic.epsilon))
     return exact and (bits > wanted or widens(element(statistic.x), element(root)))
 
 

@@ -14,7 +14,8 @@
 // CHECK-NOT: llm.
 // CHECK: stablehlo.divide %{{.*}}, %eleven
 // CHECK: stablehlo.rsqrt
-// CHECK: [[STAYS:%[0-9a-z]+]] = stablehlo.multiply
+// CHECK: stablehlo.multiply
+// CHECK-NEXT: [[STAYS:%[0-9a-z]+]] = stablehlo.multiply
 // CHECK-NEXT: func.return [[RMS]], [[LAYER]], [[STAYS]]
 
 builtin.module {

@@ -189,6 +189,14 @@ NOT_GATED = {
 }
 
 
+@pytest.mark.parametrize("divisor", [1.40625, 1.421875])
+def test_constants_of_bfloat16(divisor: float) -> None:
+    """The neighbours of √2 in bfloat16 are other numbers."""
+    args = normal(10, X, (12, 20), (12, 20), (20, 9), dtype=jnp.bfloat16)
+    fn = lambda x, g, u, d: (0.5 * (x @ g) * (1 + lax.erf((x @ g) / divisor)) * (x @ u)) @ d  # noqa: E731
+    assert ops_of(raised(lowered(fn, *args), *MLP)) == ["llm.linear"] * 3
+
+
 @pytest.mark.parametrize("form", NOT_GATED)
 def test_not_gated(form: str) -> None:
     fn, num_linears = NOT_GATED[form]

@@ -308,6 +308,21 @@ def test_double_table_whose_halves_differ() -> None:
     assert ops_of(raised(lowered(fn, args), *PASSES)) == []
 
 
+def test_double_table_taken_at_two_positions() -> None:
+    """Halves of one table are not equal where the second is taken at other positions."""
+
+    def fn(pair):
+        x, p = pair
+        cos, sin = (
+            heads(jnp.concatenate([jnp.asarray(f(ANGLES))[p], jnp.asarray(f(ANGLES))[p + 1]], -1), x)
+            for f in (np.cos, np.sin)
+        )
+        return x * cos + jnp.concatenate([-x[..., H:], x[..., :H]], axis=-1) * sin
+
+    args = inputs(9, (1, T, 3, D))
+    assert ops_of(raised(lowered(fn, args), *PASSES)) == []
+
+
 def test_the_rotated_part_of_a_larger_result() -> None:
     """What follows the rotation is no part of x: the rotation itself is raised all the same."""
     args = inputs(8, (1, T, 3, D))

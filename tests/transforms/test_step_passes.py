@@ -1,4 +1,4 @@
-"""Passes around the step: inlining, what is known of tokens, rows of logits, dead arguments."""
+"""What passes around the step compute: inlining, what is known of tokens, rows of logits, other lengths, dead arguments."""
 
 from typing import Any
 
