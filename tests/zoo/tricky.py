@@ -389,18 +389,6 @@ def scores_of_two_products(seed: int) -> Built:
     return toy_lm(seed, attend)
 
 
-@tricky("products written as multiply and sum")
-def products_by_broadcast(seed: int) -> Built:
-    def attend(p, h):
-        q, k, v = heads_of(p, h)
-        s = (q[:, :, None] * k[:, None]).sum(-1) * 0.3  # [B, T, T, H]
-        mask = jnp.tri(h.shape[1], dtype=bool)[..., None]
-        w = jax.nn.softmax(jnp.where(mask, s, -1e30), axis=2)
-        return merge(p, (w[..., None] * v[:, None]).sum(2))
-
-    return toy_lm(seed, attend)
-
-
 @tricky("keys and values repeated by different counts")
 def groups_of_keys_and_values_differ(seed: int) -> Built:
     def weights(init):
