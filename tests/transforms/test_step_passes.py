@@ -1,4 +1,4 @@
-"""What passes around the step compute: inlining, what is known of tokens, rows of logits, other lengths, dead arguments."""
+"""What passes around the step compute: inlining, what is known of tokens, rows of logits, lengths, dead arguments."""
 
 from typing import Any
 
