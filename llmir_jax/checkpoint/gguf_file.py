@@ -31,6 +31,7 @@ SUPPORTED_TYPES = tuple(
     )
 )
 MAX_DIMS = 4
+ROWS_AT_ONCE = 1024
 STRING, ARRAY, BOOL = 8, 9, 7
 # Metadata scalars by type code: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#file-structure
 SCALARS = {
@@ -87,7 +88,14 @@ class GGUFFile:
             return raw.view(np.float32)
         if tensor.kind == GGML.F16:
             return raw.view(np.float16)
-        values: np.ndarray = gguf.dequantize(raw, tensor.kind)
+        values = np.empty(tensor.shape, np.float32)
+        if not tensor.num_bytes:
+            return values
+        flat, rows = raw.reshape(-1, raw.shape[-1]), values.reshape(-1, values.shape[-1])
+        for start in range(0, len(rows), ROWS_AT_ONCE):  # the package needs as much memory again
+            some = slice(start, start + ROWS_AT_ONCE)
+            with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file: who uses the values sees it
+                rows[some] = gguf.dequantize(flat[some], tensor.kind)
         return values
 
     def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:

@@ -62,8 +62,8 @@ def make_plan(
         parameters: path → shape of every parameter.
         matrices: path → [N, K] (outputs, inputs) of those that can be quantized. The others, norms and biases, stay
             floats whatever a rule says.
-        stored: path → format of those that the checkpoint has quantized. A scheme that `keeps_blocks` of the same width
-            leaves them as they are.
+        stored: path → format of those that the checkpoint has quantized, which a scheme that `keeps_blocks` leaves as
+            they are.
 
     Raises:
         LlmirError: an unknown scheme; a rule that is no regular expression, or matches nothing, or nothing that can be
@@ -96,6 +96,7 @@ def _resolve(
     matrices: Mapping[str, tuple[int, int]],
     stored: Mapping[str, Scheme],
 ) -> Plan:
+    has_int4 = any(scheme.bits == 4 for scheme in stored.values())
     schemes: dict[str, Scheme] = {}
     kept: dict[str, str] = {}
     for path, shape in parameters.items():
@@ -107,12 +108,13 @@ def _resolve(
         elif path not in matrices:
             kept[path] = f"{list(shape)} is not multiplied as a matrix"
         else:
-            schemes[path] = _for_matrix(scheme, matrices[path], path, stored.get(path))
+            schemes[path] = _for_matrix(scheme, matrices[path], path, stored.get(path), has_int4)
     return Plan(schemes=schemes, kept=kept)
 
 
-def _for_matrix(scheme: Scheme, shape: tuple[int, int], path: str, stored: Scheme | None) -> Scheme:
-    if stored is None or not scheme.keeps_blocks or stored.bits != scheme.bits:
+def _for_matrix(scheme: Scheme, shape: tuple[int, int], path: str, stored: Scheme | None, has_int4: bool) -> Scheme:
+    kept_widths = (4, 8) if scheme.bits == 4 and has_int4 else (scheme.bits,)
+    if stored is None or not scheme.keeps_blocks or stored.bits not in kept_widths:
         return replace(scheme.fitted(shape, name=path), keeps_blocks=False)
     kept = replace(
         stored,

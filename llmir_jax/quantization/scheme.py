@@ -53,7 +53,10 @@ class Scheme:
     adapts: bool = False
     """Whether a K that `group_size` does not divide gets smaller groups (see `fitted`), not an error."""
     keeps_blocks: bool = False
-    """Whether a weight that the checkpoint has in as many bits stays in the checkpoint's own format."""
+    """Whether a weight that the checkpoint has in as many bits stays in the checkpoint's own format.
+
+    So does, for 4 bits, one that it has in 8 beside others in 4: its maker chose so, and quantizing twice hurts.
+    """
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, (4, 8))

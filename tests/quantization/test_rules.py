@@ -131,7 +131,9 @@ def test_what_the_checkpoint_has_quantized() -> None:
     q8, q4 = (Scheme(bits=bits, group_size=32) for bits in (8, 4))
     stored = {"embed.embedding": q8, "lm_head.kernel": q4}
     made = names(plan("int4", stored=stored))
-    assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int4-g32-min-f16", "int4-g32-f16")
+    # What a file of four bits has in eight, it has so on purpose; a file of eight bits becomes one of four.
+    assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16", "int4-g32-f16")
+    assert names(plan("int4", stored={"embed.embedding": q8}))["embed.embedding"] == "int4-g32-min-f16"
     made = names(plan("int8", stored=stored))
     assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16", "int8-g32-f16")
     assert names(plan("int4-g32-min", stored=stored))["lm_head.kernel"] == "int4-g32-min-f16"
