@@ -1,4 +1,4 @@
-"""Derivations that are easily got wrong: verdicts that must not be shared, lengths that look alike, sizes that coincide."""
+"""Derivations easily got wrong: verdicts that must not be shared, lengths that look alike, sizes that coincide."""
 
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +90,7 @@ SCALED_BY_LENGTH: dict[str, Callable[[int], float]] = {
 def test_lengths_that_look_alike(name: str) -> None:
     """What is the same at two neighbouring lengths may differ at others."""
     factor = SCALED_BY_LENGTH[name]
-    with pytest.raises(UnsupportedModelError, match="sequence length|different operations"):
+    with pytest.raises(UnsupportedModelError, match=r"sequence length|different operations"):
         derived(toy_lm(0, mix=lambda p, x: x * factor(x.shape[1])), max_seq_len=400, num_pages=300)
 
 
