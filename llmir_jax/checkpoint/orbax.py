@@ -107,9 +107,9 @@ def read_orbax(
     wanted, found = manifest.get("sha256") or {}, _digests(folder / "weights")
     if damaged := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise CheckpointError(f"{folder / 'weights' / damaged[0]}: missing or damaged; copy the checkpoint again")
-    reader = OrbaxReader(folder / "weights", schemes)
     model = abstract(config)
     shapes = {parameter_path(key): tuple(v.get_value().shape) for key, v in nnx.to_flat_state(nnx.state(model))}
+    reader = OrbaxReader(folder / "weights", schemes, list(shapes))
     sources = {name: Source(name=name, transposed=name in schemes and name.endswith(".kernel")) for name in shapes}
     expected = {name: shape[::-1] if sources[name].transposed else shape for name, shape in shapes.items()}
     if reader.shapes != expected:

@@ -1,6 +1,7 @@
-"""The tensors of a checkpoint of our own, each restored by orbax when it is read."""
+"""The tensors of a checkpoint of our own, restored by orbax when they are read."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from llmir_jax.errors import CheckpointError, LlmirError
 from llmir_jax.quantization import QuantizedArray, Scheme
 
+BATCH_BYTES = 32 << 20
 PARTS = ("values", "scales", "zero_points", "minima")
 
 
@@ -25,9 +27,12 @@ class OrbaxReader:
     """The tensors in `path`, the directory that orbax wrote: `to_tree` of each, by name.
 
     `stored` says which are quantized, [outputs, inputs]. Raises CheckpointError where it does not fit what is there.
+
+    Orbax goes through its whole index for each call, so that a call gives more than one small tensor: those that come
+    next in `order` are kept until they are read, `BATCH_BYTES` of them at most.
     """
 
-    def __init__(self, path: Path, stored: Mapping[str, Scheme]) -> None:
+    def __init__(self, path: Path, stored: Mapping[str, Scheme], order: Sequence[str]) -> None:
         import orbax.checkpoint
 
         self.path = path
@@ -37,6 +42,8 @@ class OrbaxReader:
                 self._entries: dict[str, Any] = dict(checkpointer.metadata(path.resolve()).item_metadata.tree)
             except Exception as error:  # tensorstore, orbax and the file system each raise their own
                 raise _damaged(path, error) from None
+        self._order = [name for name in order if name in self._entries]
+        self._ahead: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, entry in self._entries.items():
             if isinstance(entry, dict) != (name in stored):
@@ -85,17 +92,38 @@ class OrbaxReader:
         return array
 
     def _restore(self, name: str) -> Any:
+        """The arrays of a tensor, in numpy."""
+        if name not in self._ahead:
+            self._ahead = self._restore_batch(self._batch(name))
+        return self._ahead.pop(name)
+
+    def _batch(self, first: str) -> list[str]:
+        names, num_bytes = [first], _num_bytes(self._entries[first])
+        for name in self._order[self._order.index(first) + 1 :]:
+            num_bytes += _num_bytes(self._entries[name])
+            if num_bytes > BATCH_BYTES:
+                break
+            names.append(name)
+        return names
+
+    def _restore_batch(self, names: list[str]) -> dict[str, Any]:
         import jax
         import orbax.checkpoint as ocp
 
-        wanted = {name: self._entries[name]}
+        wanted = {name: self._entries[name] for name in names}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
-                return checkpointer.restore(self.path.resolve(), args=args)[name]
+                restored: dict[str, Any] = checkpointer.restore(self.path.resolve(), args=args)
             except Exception as error:
                 raise _damaged(self.path, error) from None
+        return restored
+
+
+def _num_bytes(entry: Any) -> int:
+    arrays = entry.values() if isinstance(entry, dict) else (entry,)
+    return sum(math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays)
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:
