@@ -317,3 +317,15 @@ def dataclass_model(seed: int) -> Built:
             return self.scale * self.gain * built.forward(self.weights, tokens)
 
     return Built(lambda model, tokens: model(tokens), Model(built.model, 0.75, 1.5), VOCAB)
+
+
+@derivable("attention in float32, the rest in bfloat16", dtype="bfloat16")
+def mixed_precision(seed: int) -> Built:
+    def attend(p: Params, h: jax.Array) -> jax.Array:
+        return plain_attend(p, h.astype(jnp.float32)).astype(h.dtype)
+
+    def weights(init: Init) -> Params:
+        return jax.tree.map(lambda w: w.astype(jnp.float32), head_weights(init))
+
+    built = toy_lm(seed, attend, weights, dtype=jnp.bfloat16)
+    return Built(built.forward, built.model, VOCAB)

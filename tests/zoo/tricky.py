@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from zoo.plain import VOCAB, WIDTH, Init, Params, causal_attention, head_weights, heads_of, merge, plain_attend, toy_lm
+from zoo.plain import WIDTH, Params, causal_attention, head_weights, heads_of, merge, toy_lm
 from zoo.registry import Built, tricky
 
 
@@ -329,18 +329,6 @@ def threshold_of_length(seed: int) -> Built:
         return params["embed"][tokens] + params["pos"][jnp.arange(t) // (2 if t > 9 else 1)]
 
     return toy_lm(seed, embed=embed, extra=lambda init: {"pos": init(256, WIDTH, fan_in=1)})
-
-
-@tricky("attention in float32 while the rest is bfloat16, with a mask of -1e38 in bfloat16")
-def mixed_precision(seed: int) -> Built:
-    def attend(p: Params, h: jax.Array) -> jax.Array:
-        return plain_attend(p, h.astype(jnp.float32)).astype(h.dtype)
-
-    def weights(init: Init) -> Params:
-        return jax.tree.map(lambda w: w.astype(jnp.float32), head_weights(init))
-
-    built = toy_lm(seed, attend, weights, dtype=jnp.bfloat16)
-    return Built(built.forward, built.model, VOCAB)
 
 
 @tricky("row means of all scores subtracted before the mask: shifts a row, changes nothing")
