@@ -21,6 +21,8 @@ Weights = Callable[[Array, Array], Array]
 """(scores [heads, n, n], positions int32 [n]) → weights [heads, n, n] of query i for key j."""
 
 
+EXHAUSTIVE = 1024
+"""Every pair of a query and a key below this position is judged, in tokens; beyond it, pairs drawn at random."""
 LEAK = 1e-9
 """A weight larger than this for a key that the form hides is a leak, whatever the dtype: masks hide by far more."""
 
@@ -103,6 +105,9 @@ def classify(
             )
             if reason := _mismatch(weights(scores, positions), form, scores, positions, tolerance):
                 return reason
+    for positions in _every_pair(length, min(max_seq_len, EXHAUSTIVE)):
+        if reason := _mismatch(weights(zeros, positions), form, zeros, positions, tolerance):
+            return reason
     return form
 
 
@@ -224,6 +229,19 @@ def _probes(rng: np.random.Generator, length: int, max_seq_len: int, window: int
         edge = max(window - half // 2, half)
         probes.append(np.concatenate([np.arange(half), edge + np.arange(length - half)]))
     return [p.astype(np.int32) for p in probes]
+
+
+def _every_pair(length: int, span: int) -> list[Array]:
+    """Sets of positions [length], int32, in which every two positions below `span` come together."""
+    if span <= length:
+        return []  # the near probe has them all
+    half = length // 2
+    starts = [min(start, span - half) for start in range(0, span, half)]
+    blocks = [np.arange(start, start + half) for start in starts]
+    pairs = [np.union1d(a, b) for i, a in enumerate(blocks) for b in blocks[i + 1 :]]
+    every = np.arange(span)  # what fills up is below the span too: a stored mask says nothing of positions beyond
+    fills = [np.setdiff1d(every, pair)[: length - len(pair)] for pair in pairs]
+    return [np.concatenate([a, b]).astype(np.int32) for a, b in zip(pairs, fills, strict=True)]
 
 
 def _mismatch(got: Array, form: MaskForm, scores: Array, positions: Array, tolerance: float) -> str | None:

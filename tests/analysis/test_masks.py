@@ -190,3 +190,16 @@ def test_consistent() -> None:
     options = {"heads": HEADS, "length": 11, "tolerance": TOLERANCE[4], "seed": 1}
     assert consistent(attention(within(5)), form, **options) is None
     assert consistent(attention(within(6)), form, **options) is not None
+
+
+@pytest.mark.parametrize("place", [(LONGEST - 1, 5), (150, 149), (211, 77), (77, 211), (5, LONGEST - 1)])
+def test_one_pair_of_a_stored_mask(place: tuple[int, int]) -> None:
+    """A stored mask of the longest length is judged whole, and not beyond its end."""
+    stored = np.tril(np.ones((LONGEST, LONGEST), bool))
+
+    def look_up(q: Array, k: Array) -> Array:
+        return stored[np.minimum(q, LONGEST - 1), np.minimum(k, LONGEST - 1)]
+
+    assert isinstance(judge(attention(look_up)), MaskForm)
+    stored[place] ^= True
+    assert isinstance(judge(attention(look_up)), str)
