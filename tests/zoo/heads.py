@@ -347,16 +347,6 @@ def scores_over_two_axes(seed: int) -> Built:
     return toy_lm(seed, attend)
 
 
-@derivable("values through the output projection before the weights: keys and heads summed at once")
-def output_projection_first(seed: int) -> Built:
-    def attend(p, h):
-        q, k, v = heads_of(p, h)
-        w = causal_softmax(jnp.einsum("bthd,bshd->bhts", q, k) * 0.3)
-        return jnp.einsum("bhts,bshc->btc", w, jnp.einsum("bshd,hdc->bshc", v, p["o"]))
-
-    return toy_lm(seed, attend)
-
-
 @derivable("multi-head latent attention with absorbed projections: MQA on the latent, which is also the value")
 def latent_absorbed(seed: int) -> Built:
     def weights(init):
