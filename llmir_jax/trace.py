@@ -239,7 +239,7 @@ def _flat_function(fn: Callable[[Any, Any], Any], tree: ModelTree) -> tuple[Call
         model = tree.unflatten(arrays)
         result = fn(model, tokens)
         if tree.graphdef is not None:
-            _check_unchanged(fn, model, tree, arrays)
+            _check_unchanged(fn, model, tree, arrays, tokens)
         leaves, structure = jax.tree.flatten(result)
         structures.append(structure)
         return leaves
@@ -248,7 +248,9 @@ def _flat_function(fn: Callable[[Any, Any], Any], tree: ModelTree) -> tuple[Call
     return flat_fn, structures
 
 
-def _check_unchanged(fn: Callable[..., Any], model: Any, tree: ModelTree, arrays: list[jax.Array]) -> None:
+def _check_unchanged(
+    fn: Callable[..., Any], model: Any, tree: ModelTree, arrays: list[jax.Array], tokens: jax.Array
+) -> None:
     states, _, _, graphdef = _split(model)
     remedy = (
         "a compiled forward must leave the model as it is: call model.eval() first (it makes dropout deterministic and "
@@ -257,9 +259,43 @@ def _check_unchanged(fn: Callable[..., Any], model: Any, tree: ModelTree, arrays
     if graphdef != tree.graphdef or jax.tree.structure(states) != tree.treedef:
         raise LlmirError(f"{_name(fn)} adds state to the model or removes some; {remedy}")
     keys = {i for i, _ in tree.key_impls}
-    for i, (leaf, array) in enumerate(zip(jax.tree.leaves(states), arrays, strict=True)):
-        if leaf is not array and i not in keys:
+    leaves = jax.tree.leaves(states)
+    renewed = [i for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)) if leaf is not array]
+    renewed = [i for i in renewed if i not in keys]
+    if not renewed:
+        return
+    closed = jax.make_jaxpr(lambda *args: _renewed(fn, tree, renewed, args))(*map(shape_of, (*arrays, tokens)))
+    for i, outvar in zip(renewed, closed.jaxpr.outvars, strict=True):
+        if _source(closed.jaxpr, outvar) is not closed.jaxpr.invars[i]:
             raise LlmirError(f"{_name(fn)} changes the model's state '{tree.paths[i]}'; {remedy}")
+
+
+def _renewed(fn: Callable[..., Any], tree: ModelTree, indices: list[int], args: Any) -> list[Any]:
+    """The model's arrays of these indices, as they are after a call of the forward."""
+    *arrays, tokens = args
+    model = tree.unflatten(arrays)
+    fn(model, tokens)
+    leaves = jax.tree.leaves(_split(model)[0])
+    return [leaves[i] for i in indices]
+
+
+def _source(jaxpr: Any, var: Any) -> Any:
+    """The variable that `var` is a copy of: `nnx.remat` and inner calls hand the state through and give it back."""
+    made_by = {id(out): (eqn, k) for eqn in jaxpr.eqns for k, out in enumerate(eqn.outvars)}
+    while id(var) in made_by:
+        eqn, k = made_by[id(var)]
+        inner = next((eqn.params[name] for name in ("jaxpr", "call_jaxpr") if name in eqn.params), None)
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is None or len(inner.invars) != len(eqn.invars) or len(inner.outvars) != len(eqn.outvars):
+            return var
+        if eqn.primitive.name in ("scan", "while", "cond"):
+            return var
+        passed = _source(inner, inner.outvars[k])
+        places = [i for i, invar in enumerate(inner.invars) if invar is passed]
+        if not places:
+            return var
+        var = eqn.invars[places[0]]
+    return var
 
 
 def _has_callback(module: ModuleOp) -> bool:
