@@ -235,7 +235,8 @@ def derive(
     module, length = traces.main_module, traces.length
     other = SHORT_LENGTH if length > SHORT_LENGTH else length - 2
     first = traces.align_with(other)
-    if _has_fixed_multiple(first):
+    bound = table_bound(main_function(traces.original).body.block.ops, first)
+    if _has_fixed_multiple(first) or (bound is not None and bound[0] - 1 <= length):
         return derive(
             trace_at,
             parameter_values,
@@ -245,18 +246,22 @@ def derive(
             lengths=tuple(n for n in lengths if n != length),
         )
     notes: list[str] = []
-    bound = table_bound(main_function(traces.original).body.block.ops, first)
     if bound is not None and bound[0] < max_seq_len:
         notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
         max_seq_len = bound[0]
 
     longest = max_seq_len if max_seq_len > length else length + 1
+    if bound is not None and longest >= bound[0]:
+        longest = bound[0] - 1  # with as many tokens as the table has rows, there is no slice of it to align
     first.widen(traces.align_with(longest))
     main = main_function(module)
     twins = _transfer(first, traces)
     tables = _Tables(traces, other, longest)
     params = [arg for arg, _ in signature.parameter_paths(main)]
     axis = analyse_main(main, twins, tables.reason)
+    if axis.tables and longest < max_seq_len:
+        max_seq_len = longest
+        notes.append(f"context limited to {longest} tokens, the longest sequence the forward was evaluated for")
     bound = gather_bound(axis, tables.longest_content)
     if bound is not None and bound[0] < max_seq_len:
         again = derive(
@@ -277,7 +282,10 @@ def derive(
         axis,
         list(main.body.block.ops),
         AttentionOptions(
-            positions=positions, max_seq_len=max_seq_len, parameter_values=values, contents=tables.contents
+            positions=positions,
+            max_seq_len=min(max_seq_len, max(longest, length)),
+            parameter_values=values,
+            contents=tables.contents,
         ),
     )
     dce(module)
