@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i32, i64
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType, i32, i64
 from xdsl.ir import Operation, SSAValue
 from xdsl.transforms.common_subexpression_elimination import cse
 from xdsl.transforms.dead_code_elimination import dce
+from xdsl_jax.dialects import stablehlo
 
-from llmir_jax.analysis.align import LENGTH, Alignment, align, main_function
+from llmir_jax.analysis.align import LENGTH, Alignment, align, location, main_function
 from llmir_jax.analysis.evaluate import extract
 from llmir_jax.analysis.token_axis import TokenAxis
 from llmir_jax.dialects import llm
-from llmir_jax.dialects.build import OpBuilder, shape_of, tensor
+from llmir_jax.dialects.build import OpBuilder, dtype_of, shape_of, tensor
 from llmir_jax.errors import LlmirError, UnsupportedModelError
 from llmir_jax.trace import Traced
 from llmir_jax.transforms import signature
@@ -123,6 +125,25 @@ class _Traces:
         op = value.owner
         assert isinstance(op, Operation)
         return self._pairs[op].results[list(op.results).index(value)]  # type: ignore[arg-type]
+
+
+def _check_counters(alignment: Alignment, max_seq_len: int) -> None:
+    """Refuse to count tokens in a float that cannot: whether XLA rounds such numbers depends on what reads them."""
+    for op in alignment.ops:
+        if not isinstance(op, stablehlo.IotaOp) or not isinstance(op.output.type, TensorType):
+            continue
+        dtype = dtype_of(op.output)
+        along = alignment.token_sized.get(op.output, ())[
+            op.iota_dimension.value.data : op.iota_dimension.value.data + 1
+        ]
+        if dtype.itemsize > 2 or dtype.kind in "iu" or not any(along):
+            continue
+        exact = 2 ** (ml_dtypes.finfo(dtype).nmant + 1)
+        if max_seq_len > exact:
+            raise UnsupportedModelError(
+                f"stablehlo.iota at {location(op)}: counts tokens in {dtype}, which holds no odd numbers above "
+                f"{exact}; count in int32 or float32, or give max_seq_len={exact}"
+            )
 
 
 def _has_fixed_multiple(alignment: Alignment) -> bool:
@@ -254,6 +275,7 @@ def derive(
     if bound is not None and longest >= bound[0]:
         longest = bound[0] - 1  # with as many tokens as the table has rows, there is no slice of it to align
     first.widen(traces.align_with(longest))
+    _check_counters(first, max_seq_len)
     main = main_function(module)
     twins = _transfer(first, traces)
     tables = _Tables(traces, other, longest)

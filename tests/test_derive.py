@@ -142,3 +142,14 @@ def test_a_table_of_positions_limits_the_context_by_itself(how: str) -> None:
     decoder = llmir.jit(forward).decoder({"table": table, "embed": embedding}, max_seqs=2, buckets=(8,))
     assert decoder.max_seq_len == rows
     assert any(f"limited to {rows} tokens" in note for note in decoder.report().notes)
+
+
+def test_tokens_counted_in_a_float_that_cannot() -> None:
+    def forward(params: jax.Array, tokens: jax.Array) -> jax.Array:
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.bfloat16).astype(jnp.float32)
+        return (params[tokens] + jnp.sin(positions)[None, :, None]) @ params.T
+
+    embedding = jax.random.normal(jax.random.key(0), (97, 6))
+    with pytest.raises(UnsupportedModelError, match=r"iota at test_derive.py:\d+ .*bfloat16.*256"):
+        llmir.jit(forward).decoder(embedding, max_seqs=2, max_seq_len=400)
+    assert llmir.jit(forward).decoder(embedding, max_seqs=2, max_seq_len=256, buckets=(8,)).max_seq_len == 256
