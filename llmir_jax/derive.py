@@ -138,7 +138,7 @@ def _check_counters(alignment: Alignment, max_seq_len: int) -> None:
         ]
         if dtype.itemsize > 2 or dtype.kind in "iu" or not any(along):
             continue
-        exact = 2 ** (int(jnp.finfo(dtype).nmant) + 1)
+        exact = 2 ** (int(jnp.finfo(dtype).nmant) + 1)  # type: ignore[no-untyped-call]
         if max_seq_len > exact:
             raise UnsupportedModelError(
                 f"stablehlo.iota at {location(op)}: counts tokens in {dtype}, which holds no odd numbers above "
