@@ -1,7 +1,7 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, type_of
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import op_name
-from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.pipeline import PlanWeights, Recorder, derive_step, text_of
+from llmir_jax.quantization import Plan, Quantize, QuantizedArray, make_plan
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -23,8 +24,9 @@ from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
-from llmir_jax.trace import Traced, flatten_params, trace
+from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
 from llmir_jax.verify import CachedLogits, CheckResult, Piece, self_check
+from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, dense_sources, matrices_of
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -57,6 +59,18 @@ def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[i
     return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
 
 
+def _planner(quantize: Quantize, source: WeightSource) -> PlanWeights | None:
+    """What plans the quantization of weights; None where none is asked for."""
+    if quantize is None:
+        return None
+
+    def plan(shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, tuple[int, int]]) -> Plan:
+        stored = {path: scheme for path, scheme in source.stored.items() if path in matrices}
+        return make_plan(quantize, shapes, matrices=matrices, stored=stored)
+
+    return plan
+
+
 class Decoder:
     """A served model: the step derived from its forward, with a paged KV cache and an engine.
 
@@ -69,8 +83,9 @@ class Decoder:
         step: DerivedStep,
         engine: Engine,
         forward: Callable[[Any, jax.Array], jax.Array],
-        model: Any,
+        source: WeightSource,
         traced: Traced,
+        plan: Plan | None,
         texts: dict[str, str],
         recorder: Recorder,
         notes: Sequence[str],
@@ -79,8 +94,9 @@ class Decoder:
         self._step = step
         self._engine = engine
         self._forward = forward
-        self._model = model
+        self._source = source
         self._traced = traced
+        self._plan = plan
         self._texts = texts
         self._recorder = recorder
         self._notes = tuple(notes)
@@ -103,6 +119,8 @@ class Decoder:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] | None = None,
         target: str | None = None,
+        quantize: Quantize = None,
+        source: WeightSource | None = None,
         seed: int = 0,
     ) -> "Decoder":
         """Derive the decoder of `forward(model, tokens int32[1, seq]) -> logits [1, seq, vocab]`.
@@ -118,9 +136,13 @@ class Decoder:
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
+            quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
+                `llmir_jax.quantization.rules`).
+            source: reads the values of the parameters one at a time; then `model` may be shapes only.
             seed: of the self-check's random tokens.
 
         Raises:
+            LlmirError: an option that cannot be, or weights that cannot be quantized as asked.
             UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
             VerificationError: the self-check found a difference.
         """
@@ -142,24 +164,30 @@ class Decoder:
             return traced
 
         texts: dict[str, str] = {}
+        if source is None:
+            arrays = flatten_params(model)
+            source = ModelWeights(flatten_model(model)[1].paths, arrays)
+        weights = source
         derived = derive_step(
             trace_at,
-            lambda: flatten_params(model),
+            lambda: LazyArrays(weights, [p.path for p in first[0].params]),
             max_seqs=max_seqs,
             max_seq_len=longest,
             page_size=page_size,
             num_pages=num_pages,
             recorder=recorder,
+            plan_weights=_planner(quantize, source),
         )
         texts["llm"] = derived.text
+        start = time.perf_counter()
         step = DerivedStep(
             derived,
-            flatten_params(model),
-            [p.path for p in first[0].params],
+            source,
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
         )
+        recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
         engine = Engine(step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk)
@@ -167,8 +195,9 @@ class Decoder:
             step=step,
             engine=engine,
             forward=forward,
-            model=model,
+            source=source,
             traced=first[0],
+            plan=derived.plan,
             texts=texts,
             recorder=recorder,
             notes=derived.notes,
@@ -281,7 +310,9 @@ class Decoder:
             for form, n in forms.items()
         )
         check = self._check
-        used = set(self._step.parameter_paths)
+        values: dict[str, list[jax.Array | QuantizedArray]] = {}
+        for weight in self._step.weights:
+            values.setdefault(weight.path, []).append(weight.value)
         return Report(
             attention=entries,
             operations=counts,
@@ -290,8 +321,10 @@ class Decoder:
                 for name in sorted(counts)
                 if name.startswith("llm.")
             },
-            parameters={p.path: f"{np.dtype(p.dtype)}{list(p.shape)}" for p in self._traced.params if p.path in used},
-            unused_parameters=tuple(p.path for p in self._traced.params if p.path not in used),
+            parameters={path: _described(own) for path, own in values.items()},
+            parameter_bytes=sum(x.nbytes for own in values.values() for x in own),
+            not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
+            unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
             cache_bytes=sum(_group_bytes(g) for g in self._step.cache_groups),
             max_seq_len=self._step.max_seq_len,
             buckets=self._step.buckets,
@@ -320,11 +353,17 @@ class Decoder:
 
     def _self_check(self, seed: int) -> CheckResult:
         length = min(_SELF_CHECK_LENGTH, self._step.max_seq_len)
-        flat = flatten_params(self._model)
+        parameters, weights = self._traced.params, self._step.weights
+        given = dense_sources(parameters, weights, self._source)
+        places = matrices_of(weights)
+
+        @jax.jit
+        def forward(given: Sequence[Any], tokens: jax.Array) -> jax.Array:
+            (logits,) = self._traced.flat_fn(*dense(parameters, places, given), tokens)
+            return logits.astype(jnp.float32)[0]
 
         def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            (logits,) = self._traced.flat_fn(*flat, jnp.asarray(tokens)[None])
-            rows: np.ndarray[Any, Any] = np.asarray(logits.astype(jnp.float32))[0]
+            rows: np.ndarray[Any, Any] = np.asarray(forward(given, jnp.asarray(tokens)[None]))
             return rows
 
         start = time.perf_counter()
@@ -353,6 +392,14 @@ class Decoder:
             for r in op.results
             if hasattr(r.type, "get_shape")
         )
+
+
+def _described(values: Sequence[jax.Array | QuantizedArray]) -> str:
+    """dtype and shape of a parameter, or the format of the matrices that were made of it."""
+    first = values[0]
+    times = f" x {len(values)}" if len(values) > 1 else ""
+    name = first.scheme.name if isinstance(first, QuantizedArray) else str(first.dtype)
+    return f"{name}{list(first.shape)}{times}"
 
 
 def _group_bytes(group: CacheGroup) -> int:

@@ -1,13 +1,13 @@
 """The pipeline: which passes run, in which order, and what is kept of each stage.
 
-    trace → derive → cache → raise → rows → lower
+    trace → derive → cache → raise → quantize → rows → lower
 
 Every pass verifies its result. The step is derived once, at a prime number of tokens, and specialised to each bucket.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -21,6 +21,7 @@ from xdsl.utils.exceptions import VerifyException
 from llmir_jax.derive import Derived, TraceAt, derive
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import make_context
+from llmir_jax.quantization import Plan
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
@@ -34,6 +35,10 @@ from llmir_jax.transforms.raise_rope import RaiseRopePass
 from llmir_jax.transforms.remove_dead_arguments import RemoveDeadArgumentsPass
 from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
+from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Weights, find_weights
+
+PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]]], Plan]
+"""Plans the quantization of weights, from the shape of every parameter and (outputs, inputs) of those it can be."""
 
 
 @dataclass
@@ -75,6 +80,7 @@ def derive_step(
     page_size: int,
     num_pages: int,
     recorder: Recorder,
+    plan_weights: PlanWeights | None = None,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at."""
     start = time.perf_counter()
@@ -99,12 +105,22 @@ def derive_step(
         RaiseNormPass(),
         RaiseRopePass(),
         RaiseLinearPass(),
-        RaiseGatedMLPPass(),
     )
+    if plan_weights is not None:
+        weights = find_weights(module)
+        derived.plan = _explained(plan_weights(weights.shapes, weights.matrices), weights)
+        recorder.run(module, WeightQuantizationPass(plan=derived.plan))
+    recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)
     recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     return derived
+
+
+def _explained(plan: Plan, weights: Weights) -> Plan:
+    """The plan, with what the parameters that cannot be quantized are to the step."""
+    chosen = {path: why for path, why in plan.kept.items() if path in weights.uses or "rule" in why}
+    return replace(plan, kept={**plan.kept, **weights.reasons, **chosen})
 
 
 def specialize_step(derived: Derived, tokens: int, recorder: Recorder) -> ModuleOp:

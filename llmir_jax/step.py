@@ -1,6 +1,5 @@
 """The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +11,12 @@ from llmir_jax.derive import Derived
 from llmir_jax.dialects.build import dtype_of, shape_of
 from llmir_jax.interop import call_module
 from llmir_jax.pipeline import Recorder, specialize_step
+from llmir_jax.quantization import QuantizedArray
 from llmir_jax.runtime.batch import Cache, CacheGroup, StepBatch
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
+from llmir_jax.weights import WeightSource, fill
 
 
 def _number(attributes: dict[str, Any], name: str) -> int | None:
@@ -29,8 +30,7 @@ class DerivedStep:
     def __init__(
         self,
         derived: Derived,
-        parameters: Sequence[jax.Array],
-        parameter_paths: Sequence[str],
+        source: WeightSource,
         *,
         max_seqs: int,
         buckets: tuple[int, ...],
@@ -44,10 +44,9 @@ class DerivedStep:
         self.buckets = buckets
         main = main_function(derived.module)
         self._attributes = signature.argument_attributes(main)
-        self._shapes = [(shape_of(a), dtype_of(a)) for a in main.body.block.args]
-        by_path = dict(zip(parameter_paths, parameters, strict=True))
-        self.parameter_paths = tuple(path for _, path in signature.parameter_paths(main))
-        self.params: tuple[jax.Array, ...] = tuple(jnp.asarray(by_path[path]) for path in self.parameter_paths)
+        self._args = list(main.body.block.args)
+        self.weights = tuple(fill(derived.module, derived.plan, source))
+        self.params: tuple[jax.Array | QuantizedArray, ...] = tuple(weight.value for weight in self.weights)
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()
 
@@ -69,13 +68,14 @@ class DerivedStep:
                 layers.setdefault(group, []).append(index)
         groups = []
         for _, indices in sorted(layers.items()):
-            (num_pages, page_size, num_kv_heads, head_dim), dtype = self._shapes[indices[0]]
+            pages = self._args[indices[0]]
+            num_pages, page_size, num_kv_heads, head_dim = shape_of(pages)
             groups.append(
                 CacheGroup(
                     num_layers=len(indices),
                     num_kv_heads=num_kv_heads,
                     head_dim=head_dim,
-                    dtype=dtype,
+                    dtype=dtype_of(pages),
                     window=_number(self._attributes[indices[0]], WINDOW),
                     num_pages=num_pages,
                     page_size=page_size,
@@ -101,12 +101,13 @@ class DerivedStep:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""
         module = self.module(batch.tokens.shape[0])
         remaining = iter(params)
-        args = []
+        args: list[Any] = []
         for index, attributes in enumerate(self._attributes):
             role = self._role(index)
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
             if role is None:
-                args.append(next(remaining))
+                param = next(remaining)
+                args += param.composite_parts() if isinstance(param, QuantizedArray) else [param]
             elif role == "k_pages":
                 args.append(cache[group][layer][0])
             elif role == "v_pages":

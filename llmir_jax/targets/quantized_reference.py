@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 from xdsl.dialects.builtin import IntegerType, NoneAttr, TensorType
 
@@ -15,6 +15,10 @@ from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 
 Decode = Callable[..., Array]
+BLOCK_ELEMENTS = 1 << 18
+"""About how many elements of a weight are floats at once: 1 MiB of them, which a core's cache holds."""
+WHOLE_ELEMENTS = 1 << 20
+"""A weight of at most so many elements is multiplied with a single row in one piece."""
 
 
 def _grouped(x: Array, group_size: int) -> Array:
@@ -127,10 +131,47 @@ def quantized_matmul(
         dtype: of the result [..., N].
     """
     if decode is not None:
-        weight = decode(w, *rest).T
-    elif transpose_w:
+        return _by_rows(x.astype(jnp.float32), (w, *rest), decode).astype(dtype)
+    if transpose_w:
         columns = [part.T for part in rest]
         weight = _decode_columns(w.T, columns[0], columns[1] if len(columns) > 1 else None, group_size)
     else:
         weight = _decode_columns(w, rest[0], rest[1] if len(rest) > 1 else None, group_size)
     return jnp.matmul(x.astype(jnp.float32), weight).astype(dtype)
+
+
+def _by_rows(x: Array, parts: Sequence[Array], decode: Decode) -> Array:
+    """x [..., K] times the transposed weight [N, K] of these parts, a block of its rows at a time: [..., N].
+
+    So no whole weight is ever there as floats. A single row is multiplied in one piece, if the weight is small: XLA
+    fuses the dequantization of a matrix into its product with a vector.
+    """
+    num_out, num_in = parts[0].shape
+    rows = x.reshape(-1, num_in)
+    block = min(-(-num_out // 2), max(1, BLOCK_ELEMENTS // num_in))
+    is_small = len(rows) == 1 and num_out * num_in <= WHOLE_ELEMENTS
+    if is_small or num_out == 1:
+        return jnp.matmul(x, decode(*parts).T)
+
+    def body(i: Array, out: Array) -> Array:
+        start = jnp.minimum(i * block, num_out - block)  # the last block may repeat rows of the one before
+        weight = decode(*(lax.dynamic_slice_in_dim(part, start, block) for part in parts))
+        product = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(out, product, start, 0)
+
+    out: Array = lax.fori_loop(0, -(-num_out // block), body, jnp.zeros((num_out, len(rows)), jnp.float32))
+    return out.T.reshape(*x.shape[:-1], num_out)
+
+
+def quantized_gather(w: Array, *rest: Array, decode: Decode, dtype: DTypeLike) -> Array:
+    """Rows of a matrix of a quantized type.
+
+    Args:
+        w: integers [N, K].
+        rest: scales, zero points or minima where there are any, and last the ids, integers [...].
+        decode: turns the parts of some rows into floats.
+        dtype: of the result [..., K].
+    """
+    *side, ids = rest
+    rows = jnp.clip(ids, 0, w.shape[0] - 1)
+    return decode(*(part[rows] for part in (w, *side))).astype(dtype)

@@ -34,6 +34,7 @@ from llmir_jax.targets.quantized_reference import (
     dequantize_parts,
     encode_mixed,
     encode_parts,
+    quantized_gather,
     quantized_matmul,
 )
 
@@ -325,6 +326,11 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
     )
 
 
+def _quantized_gather(op: llm.QuantizedGatherOp) -> Reference:
+    assert isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType)
+    return partial(quantized_gather, decode=dequantize_parts(op.w.type), dtype=_dtype(op.output.type))
+
+
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +380,7 @@ DECOMPOSITIONS: dict[type[Operation], Callable[[Any], Reference]] = {
     llm.LayerNormOp: _layer_norm,
     llm.LinearOp: _linear,
     llm.QuantizeOp: _quantize,
+    llm.QuantizedGatherOp: _quantized_gather,
     llm.QuantizedMatmulOp: _quantized_matmul,
     llm.RMSNormOp: _rms_norm,
     llm.RopeOp: _rope,

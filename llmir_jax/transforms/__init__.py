@@ -24,6 +24,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "sink-logits-rows": ("sink_logits_rows", "SinkLogitsRowsPass"),
     "specialize-tokens": ("specialize_tokens", "SpecializeTokensPass"),
     "unroll-loops": ("unroll_loops", "UnrollLoopsPass"),
+    "weight-quantization": ("weight_quantization", "WeightQuantizationPass"),
 }
 """For each pass, by its name on the command line: its module in this package, and its class."""
 

@@ -381,3 +381,43 @@ class QuantizedMatmulOp(LLMOp):
         if len(shape) != 2:
             fail("w", "a matrix [N, K]", format_dims(shape))
         check_shapes({"x": (self.x, ("...", shape[1])), "result": (self.output, ("...", shape[0]))})
+
+
+@irdl_op_definition
+class QuantizedGatherOp(LLMOp):
+    """Rows of a quantized matrix, dequantized: an embedding.
+
+    ```mlir
+    %x = llm.quantized_gather(%w, %ids)
+           : (!llm.quantized_tensor<49152x576xi4, scale=f16, min=f16, group_size=32>, tensor<7xi32>)
+           -> tensor<7x576xf32>
+    ```
+
+    w is [N, K], ids [...], the result [..., K]: row ids[i] of w, as its type says, in float32, converted to the
+    result's element type. Ids outside of [0, N) take the nearest row, as ``stablehlo.gather`` does.
+    """
+
+    name = "llm.quantized_gather"
+    PARENTHESIZED: ClassVar = True
+
+    w = operand_def(QuantizedTensorType | MixedQuantizedTensorType)
+    ids = operand_def(TensorType)
+
+    output = result_def(TensorType)
+
+    traits = traits_def(Pure())
+
+    def __init__(self, w: SSAValue, ids: SSAValue | Operation, *, result_type: Attribute) -> None:
+        super().__init__(operands=[w, ids], result_types=[result_type])
+
+    def check(self) -> None:
+        check_float(result=self.output)
+        w_type = self.w.type
+        assert isinstance(w_type, QuantizedTensorType | MixedQuantizedTensorType)
+        shape = w_type.get_shape()
+        if len(shape) != 2:
+            fail("w", "a matrix [N, K]", format_dims(shape))
+        ids_type = tensor_of(self.ids, "ids")
+        if not isinstance(ids_type.element_type, IntegerType):
+            fail("ids", "integer elements", ids_type.element_type)
+        check_shapes({"ids": (self.ids, ("...",)), "result": (self.output, ("...", shape[1]))})
