@@ -22,6 +22,7 @@ from llmir_jax.derive import Derived, TraceAt, derive
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import make_context
 from llmir_jax.quantization import Plan
+from llmir_jax.transforms.activation_quantization import ActivationQuantizationPass
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
@@ -109,7 +110,7 @@ def derive_step(
     if plan_weights is not None:
         weights = find_weights(module)
         derived.plan = _explained(plan_weights(weights.shapes, weights.matrices), weights)
-        recorder.run(module, WeightQuantizationPass(plan=derived.plan))
+        recorder.run(module, WeightQuantizationPass(plan=derived.plan), ActivationQuantizationPass(plan=derived.plan))
     recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)
     recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass(keep_inputs=True))

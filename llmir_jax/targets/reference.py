@@ -36,6 +36,7 @@ from llmir_jax.targets.quantized_reference import (
     encode_parts,
     quantized_gather,
     quantized_matmul,
+    round_activations,
 )
 
 Reference = Callable[..., Array | tuple[Array, ...]]
@@ -317,13 +318,17 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
     decode: Decode | None = None
     if isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType):
         decode = dequantize_parts(op.w.type)
-    return partial(
+    multiply = partial(
         quantized_matmul,
         decode=decode,
         group_size=optional_int_of(op.group_size),
         transpose_w=bool_of(op.transpose_w),
         dtype=_dtype(op.output.type),
     )
+    if op.activation_bits is None:
+        return multiply
+    group_size = optional_int_of(op.activation_group_size)
+    return lambda x, *weight: multiply(round_activations(x, group_size), *weight)
 
 
 def _quantized_gather(op: llm.QuantizedGatherOp) -> Reference:

@@ -5,6 +5,7 @@ from importlib import import_module
 from xdsl.passes import ModulePass
 
 PASSES: dict[str, tuple[str, str]] = {
+    "activation-quantization": ("activation_quantization", "ActivationQuantizationPass"),
     "blockify-kv-cache": ("blockify_kv_cache", "BlockifyKVCachePass"),
     "check-token-axis": ("check_token_axis", "CheckTokenAxisPass"),
     "inline-calls": ("inline_calls", "InlineCallsPass"),

@@ -846,3 +846,35 @@ func.func @f(%x: tensor<16x1024xf16>) {
   llm.cost_annotation(%x) {memory_bytes = true} : (tensor<16x1024xf16>) -> ()
   func.return
 }
+
+// -----
+// CHECK: llm.quantized_matmul: activation_group_size: expected a divisor of K=64, got 24
+func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) {
+  %0 = llm.quantized_matmul(%x, %w) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 24 : i32}
+    : (tensor<4x64xf32>, !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) -> tensor<4x8xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_matmul: activation_bits: expected 8, got 4
+func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) {
+  %0 = llm.quantized_matmul(%x, %w) {transpose_w = true, activation_bits = 4 : i32}
+    : (tensor<4x64xf32>, !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) -> tensor<4x8xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_gather: ids: expected integer elements, got f32
+func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids: tensor<3xf32>) {
+  %0 = llm.quantized_gather(%w, %ids)
+    : (!llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<3xf32>) -> tensor<3x64xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_gather: result: expected shape [..., 64], got 3x32
+func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids: tensor<3xi32>) {
+  %0 = llm.quantized_gather(%w, %ids)
+    : (!llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<3xi32>) -> tensor<3x32xf32>
+  func.return
+}
