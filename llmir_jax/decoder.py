@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
+from xdsl.dialects.builtin import TensorType
 
 from llmir_jax.analysis.align import main_function
+from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, type_of
 from llmir_jax.errors import LlmirError
@@ -25,11 +27,13 @@ from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
-from llmir_jax.verify import CachedLogits, CheckResult, Piece, self_check
+from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, dense_sources, matrices_of
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
+KV_CACHES = {"int8": 8, "int4": 4}
+"""Bits of quantized caches, by name."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
 
 
@@ -120,6 +124,7 @@ class Decoder:
         eos_token_ids: Sequence[int] | None = None,
         target: str | None = None,
         quantize: Quantize = None,
+        kv_cache: str | None = None,
         source: WeightSource | None = None,
         seed: int = 0,
     ) -> "Decoder":
@@ -138,6 +143,8 @@ class Decoder:
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
                 `llmir_jax.quantization.rules`).
+            kv_cache: "int8" or "int4": keys and values are kept as integers with a scale for each token and head. None
+                for the floats that the model computes.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
             seed: of the self-check's random tokens.
 
@@ -149,6 +156,8 @@ class Decoder:
         _check_sizes(num_pages=num_pages, page_size=page_size, max_seqs=max_seqs)
         if max_seq_len is not None:
             _check_sizes(max_seq_len=max_seq_len)
+        if kv_cache not in (None, *KV_CACHES):
+            raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
@@ -177,6 +186,7 @@ class Decoder:
             num_pages=num_pages,
             recorder=recorder,
             plan_weights=_planner(quantize, source),
+            kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
         )
         texts["llm"] = derived.text
         start = time.perf_counter()
@@ -298,10 +308,12 @@ class Decoder:
         for op in main.body.block.ops:
             if isinstance(op, llm.AttendPagesOp):
                 heads, dim = type_of(op.q).get_shape()[1:]
-                kv_heads = type_of(op.k_pages).get_shape()[2]
+                kind = op.k_pages.type
+                assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+                kv_heads = kind.get_shape()[2]
                 window = None if op.window is None else op.window.value.data
                 softcap = None if op.softcap is None else float(op.softcap.value.data)
-                form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, str(dtype_of(op.k_pages)))
+                form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, _cache_dtype(kind))
                 forms[form] = forms.get(form, 0) + 1
         names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
@@ -325,7 +337,7 @@ class Decoder:
             parameter_bytes=sum(x.nbytes for own in values.values() for x in own),
             not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
             unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
-            cache_bytes=sum(_group_bytes(g) for g in self._step.cache_groups),
+            cache_bytes=sum(g.nbytes for g in self._step.cache_groups),
             max_seq_len=self._step.max_seq_len,
             buckets=self._step.buckets,
             compilations=tuple(
@@ -374,7 +386,7 @@ class Decoder:
             max_seqs=self._step.max_seqs,
             max_rows=self._step.buckets[-1],
             length=length,
-            half=self._computes_in_half(),
+            tolerance=self._tolerance(),
             seed=seed,
         )
         self._recorder.seconds["self-check"] = time.perf_counter() - start
@@ -382,6 +394,15 @@ class Decoder:
 
     def _input_vocab(self) -> int:
         return self._step.vocab_size
+
+    def _tolerance(self) -> float:
+        """What the coarsest numbers that the step computes with allow; weights are the same on both sides."""
+        kinds = ["half" if self._computes_in_half() else "float32"]
+        ops = list(main_function(self._step.derived_module).body.block.ops)
+        if any(isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None for op in ops):
+            kinds.append("int8 activations")
+        kinds += [f"int{g.quantized_bits} cache" for g in self._step.cache_groups if g.quantized_bits is not None]
+        return max(RELATIVE_TOLERANCE[kind] for kind in kinds)
 
     def _computes_in_half(self) -> bool:
         """Whether 16-bit floats take part: then rounding alone separates the two."""
@@ -394,14 +415,16 @@ class Decoder:
         )
 
 
+def _cache_dtype(kind: TensorType | llm.QuantizedTensorType) -> str:
+    if isinstance(kind, llm.QuantizedTensorType):
+        scale = element_dtype(kind.scale_type)
+        return f"int{kind.integer_type.width.data}, a {scale} scale for each token and head"
+    return str(element_dtype(kind.element_type))
+
+
 def _described(values: Sequence[jax.Array | QuantizedArray]) -> str:
     """dtype and shape of a parameter, or the format of the matrices that were made of it."""
     first = values[0]
     times = f" x {len(values)}" if len(values) > 1 else ""
     name = first.scheme.name if isinstance(first, QuantizedArray) else str(first.dtype)
     return f"{name}{list(first.shape)}{times}"
-
-
-def _group_bytes(group: CacheGroup) -> int:
-    per_page = group.page_size * group.num_kv_heads * group.head_dim * np.dtype(group.dtype).itemsize
-    return 2 * group.num_layers * group.num_pages * per_page

@@ -27,6 +27,7 @@ from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
+from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
 from llmir_jax.transforms.raise_gated_mlp import RaiseGatedMLPPass
@@ -82,6 +83,7 @@ def derive_step(
     num_pages: int,
     recorder: Recorder,
     plan_weights: PlanWeights | None = None,
+    kv_cache_bits: int | None = None,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at."""
     start = time.perf_counter()
@@ -113,7 +115,10 @@ def derive_step(
         recorder.run(module, WeightQuantizationPass(plan=derived.plan), ActivationQuantizationPass(plan=derived.plan))
     recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)
-    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass(keep_inputs=True))
+    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages))
+    if kv_cache_bits is not None:
+        recorder.run(module, KVCacheQuantizationPass(bits=kv_cache_bits))
+    recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     return derived
 

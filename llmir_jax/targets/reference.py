@@ -28,7 +28,7 @@ from llmir_jax.dialects.llm.common import (
     optional_int_of,
 )
 from llmir_jax.errors import InvalidIRError
-from llmir_jax.targets.paged_reference import attend_pages, write_pages
+from llmir_jax.targets.paged_reference import Pages, QuantizedPages, attend_pages, write_pages
 from llmir_jax.targets.quantized_reference import (
     Decode,
     dequantize_parts,
@@ -167,9 +167,13 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
     scoring = Scoring.of(op, _shape(op.q.type)[2])
     dtype = _dtype(op.output.type)
 
-    def run(*operands: Array) -> Array:
+    def run(q: Array, *operands: Array) -> Array:
+        (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
         attended = attend_pages(
-            *operands,
+            q,
+            k_pages,
+            v_pages,
+            *rest,
             scale=scoring.scale,
             causal=scoring.causal,
             window=scoring.window,
@@ -180,8 +184,26 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
     return run
 
 
-def _write_pages(_: llm.WritePagesOp) -> Reference:
-    return write_pages
+def _write_pages(op: llm.WritePagesOp) -> Reference:
+    def run(*operands: Array) -> tuple[Array, ...]:
+        (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
+        return write_pages(k_pages, v_pages, *rest)
+
+    return run
+
+
+def _pages(kinds: Sequence[Attribute], operands: Sequence[Array]) -> tuple[list[Pages], list[Array]]:
+    """Page arrays of these types from the operands that hold them, and the other operands."""
+    remaining = list(operands)
+    pages: list[Pages] = []
+    for kind in kinds:
+        if not isinstance(kind, llm.QuantizedTensorType):
+            pages.append(remaining.pop(0))
+            continue
+        parts = tuple(remaining.pop(0) for _ in kind.parts())
+        encode, decode = partial(encode_parts, kind), dequantize_parts(kind)
+        pages.append(QuantizedPages(parts=parts, encode=encode, decode=decode, shape=kind.get_shape()))
+    return pages, remaining
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

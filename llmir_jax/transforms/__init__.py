@@ -12,6 +12,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "insert-kv-cache": ("insert_kv_cache", "InsertKVCachePass"),
     "kv-cache-allocation": ("kv_cache_allocation", "KVCacheAllocationPass"),
     "kv-cache-pruning": ("kv_cache_pruning", "KVCachePruningPass"),
+    "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
     "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
     "raise-attention": ("raise_attention", "RaiseAttentionPass"),
