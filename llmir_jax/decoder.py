@@ -411,7 +411,7 @@ class Decoder:
             dtype_of(r).itemsize <= 2 and dtype_of(r).kind not in "iub"
             for op in main.body.block.ops
             for r in op.results
-            if hasattr(r.type, "get_shape")
+            if isinstance(r.type, TensorType)
         )
 
 

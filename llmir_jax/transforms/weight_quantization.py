@@ -199,7 +199,10 @@ def _gather(op: stablehlo.GatherOp, value: SSAValue, parameter: BlockArgument, t
     )
 
     def build(builder: OpBuilder, weight: SSAValue) -> SSAValue:
-        ids = builder.reshape(op.start_indices, ids_shape)
+        source = op.start_indices
+        while isinstance(source.owner, stablehlo.ReshapeOp):
+            source = source.owner.operands[0]
+        ids = builder.reshape(source, ids_shape)
         rows_type = tensor([*ids_shape, matrix.shape[1]], result.get_element_type())
         rows = builder.insert(llm.QuantizedGatherOp(weight, ids, result_type=rows_type)).results[0]
         shaped = builder.reshape(rows, [*ids_shape, *whole])
@@ -315,6 +318,7 @@ def _add_argument(main: FuncOp, parameter: BlockArgument, matrix: StoredMatrix, 
     )
     attributes.insert(parameter.index, entry)
     new = main.body.block.insert_arg(quantized_type(scheme, matrix.shape), parameter.index)
+    new.name_hint = parameter.name_hint
     signature.store(main, attributes)
     return new
 

@@ -234,7 +234,8 @@ class WritePagesOp(LLMOp):
                 "positions": (self.positions, ("T",)),
                 "block_tables": (self.block_tables, ("S", "P")),
                 "num_tokens": (self.num_tokens, ()),
-            }
+            },
+            **_check_pages(self.k_pages, self.v_pages),
         )
         check_same_type("first result", self.new_k_pages, "k_pages", self.k_pages)
         check_same_type("second result", self.new_v_pages, "v_pages", self.v_pages)
@@ -325,6 +326,7 @@ class AttendPagesOp(LLMOp):
                 "num_tokens": (self.num_tokens, ()),
                 "slopes": (self.slopes, ("H",)),
                 "output": (self.output, ("T", "H", "Dv")),
-            }
+            },
+            **pages,
         )
         check_heads(sizes["H"], pages["Hkv"])

@@ -183,7 +183,7 @@ func.func @f(%kp: tensor<32x4x2x16xbf16>, %q: tensor<7x8x16xf32>, %i: tensor<7xi
 }
 
 // -----
-// CHECK: llm.attend_pages: k_pages: expected shape [N, PS, Hkv, D=24], got 32x4x2x16
+// CHECK: llm.attend_pages: q: expected shape [T, H, D=16], got 7x8x24
 func.func @f(%kp: tensor<32x4x2x16xbf16>, %q: tensor<7x8x24xf32>, %i: tensor<7xi32>, %t: tensor<4x8xi32>, %l: tensor<4xi32>, %n: tensor<i32>) {
   %0 = llm.attend_pages %q, %kp, %kp, %t, %l, %i, %i, %n {scale = 0.125 : f32}
     : (tensor<7x8x24xf32>, tensor<32x4x2x16xbf16>, tensor<32x4x2x16xbf16>, tensor<4x8xi32>, tensor<4xi32>,
@@ -876,5 +876,18 @@ func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids
 func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids: tensor<3xi32>) {
   %0 = llm.quantized_gather(%w, %ids)
     : (!llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<3xi32>) -> tensor<3x32xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.write_pages: k_pages: expected a symmetric [N, PS, Hkv, D] with one scale for each token and head, got !llm.quantized_tensor<
+func.func @f(%kp: !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>, %k: tensor<7x2x16xf32>,
+    %i: tensor<7xi32>, %t: tensor<4x8xi32>, %n: tensor<i32>) {
+  %0, %1 = llm.write_pages %kp, %kp, %k, %k, %i, %i, %t, %n
+    : (!llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>,
+    !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>, tensor<7x2x16xf32>, tensor<7x2x16xf32>,
+    tensor<7xi32>, tensor<7xi32>, tensor<4x8xi32>, tensor<i32>)
+    -> (!llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>,
+    !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>)
   func.return
 }
