@@ -418,7 +418,8 @@ class Decoder:
 def _cache_dtype(kind: TensorType | llm.QuantizedTensorType) -> str:
     if isinstance(kind, llm.QuantizedTensorType):
         scale = element_dtype(kind.scale_type)
-        return f"int{kind.integer_type.width.data}, a {scale} scale for each token and head"
+        side = "scale" if kind.is_symmetric else "scale and minimum"
+        return f"int{kind.integer_type.width.data}, a {scale} {side} for each token and head"
     return str(element_dtype(kind.element_type))
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 Pages = jax.Array | tuple[jax.Array, ...]
-"""[num_pages, page_size, num_kv_heads, head_dim]; of quantized ones (integers, scales [..., num_kv_heads, 1]), where
-integers of 4 bits are packed into bytes [..., head_dim / 2]."""
+"""[num_pages, page_size, num_kv_heads, head_dim]; of quantized ones (integers, scales [..., num_kv_heads, 1]);
+integers of 4 bits are packed into bytes [..., head_dim / 2], and have minima [..., num_kv_heads, 1] too."""
 
 Cache = tuple[tuple[tuple[Pages, Pages], ...], ...]
 """Per cache group, per layer of it: (k_pages, v_pages)."""
@@ -30,7 +30,7 @@ class CacheGroup:
     num_pages: int
     page_size: int
     quantized_bits: int | None = None
-    """4 or 8 where keys and values are integers with a float16 scale for each token and head; None for `dtype`."""
+    """4 or 8 where keys and values are integers with a float16 scale (4: and minimum) for each token and head."""
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +38,7 @@ class CacheGroup:
         rows = 2 * self.num_layers * self.num_pages * self.page_size * self.num_kv_heads
         if self.quantized_bits is None:
             return rows * self.head_dim * np.dtype(self.dtype).itemsize
-        return rows * (self.head_dim * self.quantized_bits // 8 + 2)
+        return rows * (self.head_dim * self.quantized_bits // 8 + (4 if self.quantized_bits == 4 else 2))
 
 
 class StepBatch(NamedTuple):

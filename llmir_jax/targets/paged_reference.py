@@ -22,10 +22,10 @@ ROWS_PER_RUN = 128
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedPages:
-    """Page arrays of integers [N, PS, Hkv, D], packed if they are of 4 bits, with a scale for each token and head."""
+    """Page arrays of integers [N, PS, Hkv, D], packed if they are of 4 bits, with scales for each token and head."""
 
-    parts: tuple[Array, ...]  # integers and scales, [N, PS, Hkv, …] each
-    encode: Callable[[Array], tuple[Array, ...]]  # floats [..., Hkv, D] → integers, scales
+    parts: tuple[Array, ...]  # integers, scales …, [N, PS, Hkv, …] each
+    encode: Callable[[Array], tuple[Array, ...]]  # floats [..., Hkv, D] → integers, scales …
     decode: Callable[..., Array]  # and back, float32
     shape: tuple[int, ...]
 

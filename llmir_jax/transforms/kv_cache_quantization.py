@@ -1,4 +1,4 @@
-"""Keys and values are kept as integers, with a scale for each token and head.
+"""Keys and values are kept as integers, with a scale for each token and head; those of 4 bits with a minimum too.
 
     %k_pages : tensor<512x16x3x64xf32>
       →  bits=8
@@ -33,7 +33,9 @@ def _quantize(pages: SSAValue, bits: int) -> None:
             f"kv_cache='int{bits}' packs two numbers into a byte, but keys or values have an odd number, {head_dim}, a "
             "head: use 'int8'"
         )
-    signature.retype(pages, llm.QuantizedTensorType(kind.get_shape(), IntegerType(bits), f16))
+    # With few levels none may be wasted: keys of a head are far from symmetric.
+    minimum = f16 if bits == 4 else None
+    signature.retype(pages, llm.QuantizedTensorType(kind.get_shape(), IntegerType(bits), f16, min_type=minimum))
     for use in pages.uses:
         op = use.operation
         if isinstance(op, llm.WritePagesOp):

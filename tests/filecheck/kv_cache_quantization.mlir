@@ -9,12 +9,13 @@
 // CHECK: llm.write_pages {{.*}} -> (!llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true>, !llm.quantized_tensor<
 // CHECK: llm.attend_pages %q, %{{.*}} : (tensor<7x4x16xf32>, !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true>
 
-// Integers and scales are arguments and results of their own, those of 4 bits packed.
+// Integers, scales and minima are arguments and results of their own, those of 4 bits packed.
 // LOWERED: func.func @main(
 // LOWERED-SAME: tensor<32x4x2x8xui8> {llmir.role = "k_pages"
 // LOWERED-SAME: tensor<32x4x2x1xf16> {llmir.role = "k_pages"
+// LOWERED-SAME: tensor<32x4x2x1xf16> {llmir.role = "k_pages"
 // LOWERED-SAME: tensor<32x4x2x8xui8> {llmir.role = "v_pages"
-// LOWERED-SAME: -> (tensor<7x4x16xf32>, tensor<32x4x2x8xui8>, tensor<32x4x2x1xf16>, tensor<32x4x2x8xui8>, tensor<32x4x2x1xf16>)
+// LOWERED-SAME: -> (tensor<7x4x16xf32>, tensor<32x4x2x8xui8>, tensor<32x4x2x1xf16>, tensor<32x4x2x1xf16>, tensor<32x4x2x8xui8>, tensor<32x4x2x1xf16>, tensor<32x4x2x1xf16>)
 // LOWERED-NOT: llm.write_pages
 
 // BITS: error: kv-cache-quantization: bits must be 4 or 8, got 2

@@ -97,7 +97,8 @@ def test_weights(scheme: str) -> None:
     assert "layers.bias" in report.not_quantized and "embed" not in report.not_quantized
     assert "not quantized, a table that is not looked up by token: positions" in str(report)
     assert report.parameter_bytes == sum(x.nbytes for x in jax.tree.leaves(decoder._step.params))
-    assert report.parameter_bytes < sum(x.nbytes for x in jax.tree.leaves(params)) * (0.34 if "int8" in scheme else 0.24)
+    in_floats = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert report.parameter_bytes < in_floats * (0.34 if "int8" in scheme else 0.24)
 
 
 def test_rules() -> None:
@@ -138,13 +139,14 @@ def test_cache(kv_cache: str, tolerance: float) -> None:
     error = np.abs(logits - expected).max() / np.abs(expected).max()
     assert 1e-4 < error < tolerance
     # the arrays really have that many bits
-    integers, scales = decoder._step.init_cache()[0][0][0]
+    integers, *side = decoder._step.init_cache()[0][0][0]
     bits = int(kv_cache.removeprefix("int"))
     assert integers.nbytes == 20 * 4 * HEADS * HEAD_DIM * bits // 8
-    assert scales.nbytes == 20 * 4 * HEADS * 2
+    assert [x.nbytes for x in side] == [20 * 4 * HEADS * 2] * (1 if bits == 8 else 2)
     report = decoder.report()
-    assert report.cache_bytes == 2 * LAYERS * (integers.nbytes + scales.nbytes)
-    assert report.attention[0].cache_dtype == f"{kv_cache}, a float16 scale for each token and head"
+    assert report.cache_bytes == 2 * LAYERS * sum(x.nbytes for x in (integers, *side))
+    what = "scale" if bits == 8 else "scale and minimum"
+    assert report.attention[0].cache_dtype == f"{kv_cache}, a float16 {what} for each token and head"
     # pages are shared and copied like any others
     prompts = [sequence[:20].tolist(), sequence[:20].tolist()]
     outs = decoder.generate(prompts, SamplingParams(max_tokens=6))

@@ -161,8 +161,8 @@ def _check_pages(k_pages: SSAValue, v_pages: SSAValue) -> dict[str, int]:
         kind = pages.type
         assert isinstance(kind, QuantizedTensorType)
         shape = kind.get_shape()
-        if len(shape) != 4 or not kind.is_symmetric or kind.elements_per_group != shape[-1]:
-            fail(subject, "a symmetric [N, PS, Hkv, D] with one scale for each token and head", kind)
+        if len(shape) != 4 or kind.elements_per_group != shape[-1]:
+            fail(subject, "[N, PS, Hkv, D] with one scale for each token and head", kind)
         for name, size in zip(names, shape, strict=True):
             if sizes.setdefault(name, size) != size:
                 fail(subject, f"{name}={sizes[name]}", size)

@@ -880,7 +880,7 @@ func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids
 }
 
 // -----
-// CHECK: llm.write_pages: k_pages: expected a symmetric [N, PS, Hkv, D] with one scale for each token and head, got !llm.quantized_tensor<
+// CHECK: llm.write_pages: k_pages: expected [N, PS, Hkv, D] with one scale for each token and head, got !llm.quantized_tensor<
 func.func @f(%kp: !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>, %k: tensor<7x2x16xf32>,
     %i: tensor<7xi32>, %t: tensor<4x8xi32>, %n: tensor<i32>) {
   %0, %1 = llm.write_pages %kp, %kp, %k, %k, %i, %i, %t, %n
