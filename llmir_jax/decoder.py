@@ -165,7 +165,7 @@ class Decoder:
 
         def trace_at(length: int) -> Traced:
             start = time.perf_counter()
-            traced = trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32))
+            traced = trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
             recorder.seconds["trace"] = recorder.seconds.get("trace", 0.0) + time.perf_counter() - start
             if not first:
                 first.append(traced)

@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i32, i64
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType, i32, i64
 from xdsl.ir import Operation, SSAValue
 from xdsl.transforms.common_subexpression_elimination import cse
 from xdsl.transforms.dead_code_elimination import dce
+from xdsl_jax.dialects import stablehlo
 
-from llmir_jax.analysis.align import LENGTH, Alignment, align, main_function
+from llmir_jax.analysis.align import LENGTH, Alignment, align, location, main_function
 from llmir_jax.analysis.evaluate import extract
 from llmir_jax.analysis.token_axis import TokenAxis
 from llmir_jax.dialects import llm
-from llmir_jax.dialects.build import OpBuilder, shape_of, tensor
+from llmir_jax.dialects.build import OpBuilder, dtype_of, shape_of, tensor
 from llmir_jax.errors import LlmirError, UnsupportedModelError
 from llmir_jax.quantization import Plan
 from llmir_jax.trace import Traced
@@ -126,6 +128,25 @@ class _Traces:
         op = value.owner
         assert isinstance(op, Operation)
         return self._pairs[op].results[list(op.results).index(value)]  # type: ignore[arg-type]
+
+
+def _check_counters(alignment: Alignment, max_seq_len: int) -> None:
+    """Refuse to count tokens in a float that cannot: whether XLA rounds such numbers depends on what reads them."""
+    for op in alignment.ops:
+        if not isinstance(op, stablehlo.IotaOp) or not isinstance(op.output.type, TensorType):
+            continue
+        dtype = dtype_of(op.output)
+        along = alignment.token_sized.get(op.output, ())[
+            op.iota_dimension.value.data : op.iota_dimension.value.data + 1
+        ]
+        if dtype.itemsize > 2 or dtype.kind in "iu" or not any(along):
+            continue
+        exact = 2 ** (int(jnp.finfo(dtype).nmant) + 1)  # type: ignore[no-untyped-call]
+        if max_seq_len > exact:
+            raise UnsupportedModelError(
+                f"stablehlo.iota at {location(op)}: counts tokens in {dtype}, which holds no odd numbers above "
+                f"{exact}; count in int32 or float32, or give max_seq_len={exact}"
+            )
 
 
 def _has_fixed_multiple(alignment: Alignment) -> bool:
@@ -238,7 +259,8 @@ def derive(
     module, length = traces.main_module, traces.length
     other = SHORT_LENGTH if length > SHORT_LENGTH else length - 2
     first = traces.align_with(other)
-    if _has_fixed_multiple(first):
+    bound = table_bound(main_function(traces.original).body.block.ops, first)
+    if _has_fixed_multiple(first) or (bound is not None and bound[0] - 1 <= length):
         return derive(
             trace_at,
             parameter_values,
@@ -248,18 +270,23 @@ def derive(
             lengths=tuple(n for n in lengths if n != length),
         )
     notes: list[str] = []
-    bound = table_bound(main_function(traces.original).body.block.ops, first)
     if bound is not None and bound[0] < max_seq_len:
         notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
         max_seq_len = bound[0]
 
     longest = max_seq_len if max_seq_len > length else length + 1
+    if bound is not None and longest >= bound[0]:
+        longest = bound[0] - 1  # with as many tokens as the table has rows, there is no slice of it to align
     first.widen(traces.align_with(longest))
+    _check_counters(first, max_seq_len)
     main = main_function(module)
     twins = _transfer(first, traces)
     tables = _Tables(traces, other, longest)
     params = [arg for arg, _ in signature.parameter_paths(main)]
     axis = analyse_main(main, twins, tables.reason)
+    if axis.tables and longest < max_seq_len:
+        max_seq_len = longest
+        notes.append(f"context limited to {longest} tokens, the longest sequence the forward was evaluated for")
     bound = gather_bound(axis, tables.longest_content)
     if bound is not None and bound[0] < max_seq_len:
         again = derive(
@@ -280,7 +307,10 @@ def derive(
         axis,
         list(main.body.block.ops),
         AttentionOptions(
-            positions=positions, max_seq_len=max_seq_len, parameter_values=values, contents=tables.contents
+            positions=positions,
+            max_seq_len=min(max_seq_len, max(longest, length)),
+            parameter_values=values,
+            contents=tables.contents,
         ),
     )
     dce(module)

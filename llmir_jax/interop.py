@@ -41,13 +41,17 @@ __all__ = [
 ]
 
 
-def cleanup(module: ir.Module) -> None:
+def cleanup(module: ir.Module, *, fold: bool = True) -> None:
     """Fold constants, merge equal operations and drop unused private functions, in place.
+
+    Without ``fold`` constants stay as they are: MLIR folds small ones only, so that what it makes of one function
+    differs from shape to shape.
 
     MLIR's own inliner leaves StableHLO's calls as they are, so it is not run.
     """
     with module.context:
-        passmanager.PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(module.operation)
+        passes = "canonicalize,cse,symbol-dce" if fold else "cse,symbol-dce"
+        passmanager.PassManager.parse(f"builtin.module({passes})").run(module.operation)
 
 
 def lower_to_module(fn: Callable[..., Any], *args: Any) -> ModuleOp:

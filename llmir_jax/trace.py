@@ -151,7 +151,9 @@ def check_values(leaves: Sequence[Any], tree: ModelTree) -> None:
             raise LlmirError(f"the model's parameter '{path}' is a shape without values: load or initialise it")
 
 
-def trace(fn: Callable[[Any, Any], Any], model: Any, tokens: Any, *, platform: str | None = None) -> Traced:
+def trace(
+    fn: Callable[[Any, Any], Any], model: Any, tokens: Any, *, platform: str | None = None, fold: bool = True
+) -> Traced:
     """Trace a forward function at the shapes of a model and of its tokens.
 
     Args:
@@ -159,13 +161,14 @@ def trace(fn: Callable[[Any, Any], Any], model: Any, tokens: Any, *, platform: s
         model: arrays, or ShapeDtypeStructs in their place (``nnx.eval_shape``, ``jax.eval_shape``).
         tokens: an array or a ShapeDtypeStruct, int32[batch, seq].
         platform: "cpu", "gpu" or "tpu": what JAX lowers for; by default the one it runs on.
+        fold: whether constants are folded (see `cleanup`).
 
     Raises:
         LlmirError: the model has leaves that are no arrays; the forward changes the model's state or calls back into
             Python. What the forward itself raises goes through as it is.
     """
     leaves, tree = flatten_model(model)
-    return trace_flat(fn, [shape_of(leaf) for leaf in leaves], tree, shape_of(tokens), platform=platform)
+    return trace_flat(fn, [shape_of(leaf) for leaf in leaves], tree, shape_of(tokens), platform=platform, fold=fold)
 
 
 def trace_flat(
@@ -175,6 +178,7 @@ def trace_flat(
     tokens: jax.ShapeDtypeStruct,
     *,
     platform: str | None = None,
+    fold: bool = True,
 ) -> Traced:
     """`trace` of a model that is flattened already."""
     flat_fn, results = _flat_function(fn, tree)
@@ -183,7 +187,7 @@ def trace_flat(
     platforms = None if platform is None else (_PLATFORMS[platform],)
     staged = jax.jit(flat_fn, keep_unused=True).trace(*params, tokens)
     lowered = staged.lower(lowering_platforms=platforms).compiler_ir("stablehlo")
-    cleanup(lowered)
+    cleanup(lowered, fold=fold)
     module = import_module(lowered)
     if staged.jaxpr.effects or _has_callback(module):
         raise LlmirError(

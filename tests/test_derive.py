@@ -12,6 +12,7 @@ from xdsl_jax.dialects import stablehlo
 from zoo.plain import Init, head_weights, heads_of, merge, toy_lm
 from zoo.registry import Built
 
+import llmir_jax as llmir
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
 from llmir_jax.errors import UnsupportedModelError
@@ -22,7 +23,7 @@ from llmir_jax.trace import flatten_params, trace
 
 def derived(built: Built, *, max_seq_len: int = 48, num_pages: int = 36, page_size: int = 4) -> Any:
     return derive_step(
-        lambda n: trace(built.forward, built.model, jax.ShapeDtypeStruct((1, n), jnp.int32)),
+        lambda n: trace(built.forward, built.model, jax.ShapeDtypeStruct((1, n), jnp.int32), fold=False),
         lambda: flatten_params(built.model),
         max_seqs=3,
         max_seq_len=max_seq_len,
@@ -120,3 +121,35 @@ def test_sizes_of_the_model_that_are_the_traced_length() -> None:
         return x + bumps[..., 100:131].mean(-1, keepdims=True)
 
     assert derived(toy_lm(0, mix=mix)).length != 131
+
+
+@pytest.mark.parametrize("how", ["slice", "take", "embed"])
+def test_a_table_of_positions_limits_the_context_by_itself(how: str) -> None:
+    rows = 150
+    table = jax.random.normal(jax.random.key(0), (rows, 6))
+    embedding = jax.random.normal(jax.random.key(1), (97, 6))
+
+    def forward(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        length = tokens.shape[1]
+        if how == "slice":
+            positions = params["table"][:length]
+        elif how == "take":
+            positions = jnp.take(params["table"], jnp.arange(length), axis=0)
+        else:
+            positions = params["table"][jnp.arange(length)]
+        return (params["embed"][tokens] + positions) @ params["embed"].T
+
+    decoder = llmir.jit(forward).decoder({"table": table, "embed": embedding}, max_seqs=2, buckets=(8,))
+    assert decoder.max_seq_len == rows
+    assert any(f"limited to {rows} tokens" in note for note in decoder.report().notes)
+
+
+def test_tokens_counted_in_a_float_that_cannot() -> None:
+    def forward(params: jax.Array, tokens: jax.Array) -> jax.Array:
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.bfloat16).astype(jnp.float32)
+        return (params[tokens] + jnp.sin(positions)[None, :, None]) @ params.T
+
+    embedding = jax.random.normal(jax.random.key(0), (97, 6))
+    with pytest.raises(UnsupportedModelError, match=r"iota at test_derive.py:\d+ .*bfloat16.*256"):
+        llmir.jit(forward).decoder(embedding, max_seqs=2, max_seq_len=400)
+    assert llmir.jit(forward).decoder(embedding, max_seqs=2, max_seq_len=256, buckets=(8,)).max_seq_len == 256

@@ -564,7 +564,7 @@ def test_call_with_original_differentiates_and_maps_it() -> None:
 def test_a_called_module_is_exported_once_and_freed() -> None:
     module = lower_to_module(lambda x: x * 2, X)
     traces = []
-    outer = jax.jit(lambda x: traces.append(1) or call_module(module, x)[0])
+    outer = jax.jit(lambda x: traces.append(1) or call_module(module, x)[0])  # noqa: F821  (deleted below)
     outer(X), outer(X), call_module(module, X), call_module(module, X)
     assert len(traces) == 1
     reference = weakref.ref(module)

@@ -60,7 +60,8 @@ _COMPARE: dict[str, Folder] = {
     "GT": np.greater,
     "GE": np.greater_equal,
 }
-_MAX_FOLDED_ELEMENTS = 4096
+_MAX_FOLDED_ELEMENTS = 16
+"""Fewer than the tokens of any trace: what is as long as the sequence must be the same operations at every length."""
 
 
 def constant_of(value: SSAValue) -> np.ndarray[Any, Any] | None:
