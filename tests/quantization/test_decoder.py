@@ -292,9 +292,9 @@ def zoo_decoder(built: Built, **options: Any) -> Decoder:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("entry", DERIVABLE, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", DERIVABLE[::4], ids=lambda entry: entry.name)
 def test_zoo_in_int8(entry: Derivable) -> None:
-    """Each model under "int8": the self-check passes, against the forward of the same rounded weights."""
+    """Every fourth model under "int8": the self-check passes, against the forward of the same rounded weights."""
     seed = zlib.crc32(entry.name.encode()) % 10_000
     built = entry.build(seed)
     decoder = zoo_decoder(built, quantize="int8")
