@@ -17,7 +17,7 @@ from llmir_jax.dialects.build import dtype_of, type_of
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import op_name
 from llmir_jax.pipeline import PlanWeights, Recorder, derive_step, text_of
-from llmir_jax.quantization import Plan, Quantize, QuantizedArray, make_plan
+from llmir_jax.quantization import Plan, Quantize, make_plan
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -28,7 +28,7 @@ from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
-from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, dense_sources, matrices_of
+from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, unread
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -322,9 +322,10 @@ class Decoder:
             for form, n in forms.items()
         )
         check = self._check
-        values: dict[str, list[jax.Array | QuantizedArray]] = {}
+        values: dict[str, list[str]] = {}
         for weight in self._step.weights:
-            values.setdefault(weight.path, []).append(weight.value)
+            for path, text in weight.describe():
+                values.setdefault(path, []).append(text)
         return Report(
             attention=entries,
             operations=counts,
@@ -333,8 +334,8 @@ class Decoder:
                 for name in sorted(counts)
                 if name.startswith("llm.")
             },
-            parameters={path: _described(own) for path, own in values.items()},
-            parameter_bytes=sum(x.nbytes for own in values.values() for x in own),
+            parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
+            parameter_bytes=sum(weight.value.nbytes for weight in self._step.weights),
             not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
             unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
             cache_bytes=sum(g.nbytes for g in self._step.cache_groups),
@@ -366,16 +367,15 @@ class Decoder:
     def _self_check(self, seed: int) -> CheckResult:
         length = min(_SELF_CHECK_LENGTH, self._step.max_seq_len)
         parameters, weights = self._traced.params, self._step.weights
-        given = dense_sources(parameters, weights, self._source)
-        places = matrices_of(weights)
+        others = unread(parameters, weights, self._source)
 
         @jax.jit
-        def forward(given: Sequence[Any], tokens: jax.Array) -> jax.Array:
-            (logits,) = self._traced.flat_fn(*dense(parameters, places, given), tokens)
+        def forward(values: Sequence[Any], others: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+            (logits,) = self._traced.flat_fn(*dense(parameters, weights, values, others), tokens)
             return logits.astype(jnp.float32)[0]
 
         def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            rows: np.ndarray[Any, Any] = np.asarray(forward(given, jnp.asarray(tokens)[None]))
+            rows: np.ndarray[Any, Any] = np.asarray(forward(self._step.params, others, jnp.asarray(tokens)[None]))
             return rows
 
         start = time.perf_counter()
@@ -421,11 +421,3 @@ def _cache_dtype(kind: TensorType | llm.QuantizedTensorType) -> str:
         side = "scale" if kind.is_symmetric else "scale and minimum"
         return f"int{kind.integer_type.width.data}, a {scale} {side} for each token and head"
     return str(element_dtype(kind.element_type))
-
-
-def _described(values: Sequence[jax.Array | QuantizedArray]) -> str:
-    """dtype and shape of a parameter, or the format of the matrices that were made of it."""
-    first = values[0]
-    times = f" x {len(values)}" if len(values) > 1 else ""
-    name = first.scheme.name if isinstance(first, QuantizedArray) else str(first.dtype)
-    return f"{name}{list(first.shape)}{times}"

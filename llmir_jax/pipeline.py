@@ -30,6 +30,7 @@ from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
 from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
+from llmir_jax.transforms.quantized_operation_fusion import QuantizedOperationFusionPass
 from llmir_jax.transforms.raise_gated_mlp import RaiseGatedMLPPass
 from llmir_jax.transforms.raise_linear import RaiseLinearPass
 from llmir_jax.transforms.raise_norm import RaiseNormPass
@@ -112,7 +113,12 @@ def derive_step(
     if plan_weights is not None:
         weights = find_weights(module)
         derived.plan = _explained(plan_weights(weights.shapes, weights.matrices), weights)
-        recorder.run(module, WeightQuantizationPass(plan=derived.plan), ActivationQuantizationPass(plan=derived.plan))
+        recorder.run(
+            module,
+            WeightQuantizationPass(plan=derived.plan),
+            ActivationQuantizationPass(plan=derived.plan),
+            QuantizedOperationFusionPass(),
+        )
     recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)
     recorder.run(module, KVCacheAllocationPass(num_pages=num_pages))

@@ -1,7 +1,8 @@
 """What fills the parameter arguments of a step: arrays of a model, or tensors of a checkpoint, one at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Protocol, overload
 
 import jax
@@ -14,7 +15,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.quantization import Plan, QuantizedArray, Scheme, quantize
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
-from llmir_jax.transforms.weight_quantization import stored_matrix
+from llmir_jax.transforms.weight_quantization import stored_matrices
 
 
 class WeightSource(Protocol):
@@ -73,13 +74,38 @@ class LazyArrays(Sequence[jax.Array]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows [start, stop) of a quantized argument: a matrix of a parameter."""
+
+    path: str
+    matrix: StoredMatrix
+    start: int
+    stop: int
+
+    def of(self, value: QuantizedArray) -> QuantizedArray:
+        """These rows of the argument's value. Traceable."""
+        if (self.start, self.stop) == (0, value.shape[0]):
+            return value
+        rows: QuantizedArray = jax.tree.map(lambda part: part[self.start : self.stop], value)
+        return replace(rows, shape=(self.stop - self.start, value.shape[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weight:
     """The value of one parameter argument of a step."""
 
     path: str
     value: jax.Array | QuantizedArray
-    matrix: StoredMatrix | None
-    """Where a quantized value lies in the parameter."""
+    pieces: tuple[Piece, ...] = ()
+    """What a quantized value is made of."""
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
+        if not isinstance(self.value, QuantizedArray):
+            yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
+            return
+        for piece in self.pieces:
+            yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
 
 
 def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weight]:
@@ -89,24 +115,65 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weig
     """
     main = main_function(module)
     attributes = signature.argument_attributes(main)
+    floats = _LastRead(source)
     weights: list[Weight] = []
-    last: tuple[str, jax.Array] | None = None  # slices of one parameter come one after the other
     for arg, path in signature.parameter_paths(main):
         if not isinstance(arg.type, llm.QuantizedTensorType):
-            weights.append(Weight(path=path, value=source.read(path), matrix=None))
+            weights.append(Weight(path=path, value=source.read(path)))
             continue
         assert plan is not None
-        matrix = stored_matrix(attributes[arg.index])
-        scheme = plan.schemes[path].fitted(matrix.shape, name=path)
-        if _is_whole(path, matrix, source):
-            value = source.read_quantized(path, scheme)
-        else:
-            if last is None or last[0] != path:
-                last = None  # before the next one is read
-                last = path, source.read(path)
-            value = quantize(matrix.read(last[1]), scheme, name=path)
-        weights.append(Weight(path=path, value=value, matrix=matrix))
+        pieces: list[Piece] = []
+        values = []
+        for part, matrix in stored_matrices(attributes[arg.index]):
+            start = pieces[-1].stop if pieces else 0
+            pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
+            scheme = plan.schemes[part].fitted(matrix.shape, name=part)
+            if _is_whole(part, matrix, source):
+                values.append(source.read_quantized(part, scheme))
+            else:
+                values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
+        weights.append(Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces)))
     return weights
+
+
+class _LastRead:
+    """Keeps the parameter that was read last: slices of one come one after the other."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._last: tuple[str, jax.Array] | None = None
+
+    def read(self, path: str) -> jax.Array:
+        if self._last is None or self._last[0] != path:
+            self._last = None  # before the next one is in memory
+            self._last = path, self._source.read(path)
+        return self._last[1]
+
+
+def _rows_of_all(values: Sequence[QuantizedArray]) -> QuantizedArray:
+    """One matrix of the rows of several of the same format."""
+    if len(values) == 1:
+        return values[0]
+
+    def joined(parts: Iterator[jax.Array | None]) -> jax.Array | None:
+        # One scale for a whole matrix becomes one a row.
+        found = [
+            jnp.broadcast_to(part, (value.shape[0], *part.shape[1:]))
+            for part, value in zip(parts, values, strict=True)
+            if part is not None
+        ]
+        return jnp.concatenate(found) if found else None
+
+    scales = joined(value.scales for value in values)
+    assert scales is not None
+    return replace(
+        values[0],
+        values=jnp.concatenate([value.values for value in values]),
+        scales=scales,
+        zero_points=joined(value.zero_points for value in values),
+        minima=joined(value.minima for value in values),
+        shape=(sum(value.shape[0] for value in values), values[0].shape[1]),
+    )
 
 
 def _is_whole(path: str, matrix: StoredMatrix, source: WeightSource) -> bool:
@@ -118,57 +185,38 @@ def _is_whole(path: str, matrix: StoredMatrix, source: WeightSource) -> bool:
     return matrix.is_kernel((k, n)) if path.rpartition(".")[2] == "kernel" else matrix.is_table((n, k))
 
 
-Parts = tuple[tuple[StoredMatrix, QuantizedArray], ...]
-
-
-def dense_sources(parameters: Sequence[Parameter], weights: Sequence[Weight], source: WeightSource) -> list[Any]:
-    """For each parameter of the forward what `dense` makes it of: an array, or quantized matrices and where they lie.
-
-    A parameter that the step does not read is read from the source: the forward may (a mask that it has stored).
-    """
-    by_path: dict[str, list[Weight]] = {}
-    for weight in weights:
-        by_path.setdefault(weight.path, []).append(weight)
-    found: list[Any] = []
-    for parameter in parameters:
-        own = by_path.get(parameter.path)
-        if own is None:
-            found.append(source.read(parameter.path))
-        elif own[0].matrix is None:
-            found.append(own[0].value)
-        else:
-            found.append([weight.value for weight in own])
-    return found
+def unread(parameters: Sequence[Parameter], weights: Sequence[Weight], source: WeightSource) -> dict[str, jax.Array]:
+    """Parameters that the step does not read, but the forward may: a mask that it has stored, say."""
+    known = {piece.path for weight in weights for piece in weight.pieces} | {weight.path for weight in weights}
+    return {p.path: source.read(p.path) for p in parameters if p.path not in known}
 
 
 def dense(
-    parameters: Sequence[Parameter], matrices: Mapping[str, list[StoredMatrix]], given: Sequence[Any]
-) -> list[Any]:
-    """The forward's parameters as floats, of what `dense_sources` gives. Traceable; inside jit not all are kept."""
+    parameters: Sequence[Parameter], weights: Sequence[Weight], values: Sequence[Any], others: Mapping[str, jax.Array]
+) -> list[jax.Array]:
+    """The forward's parameters as floats, of the `values` that the weights have and of what `unread` gives.
+
+    Traceable: inside jit, no more of them are in memory than are in use.
+    """
+    found: dict[str, jax.Array] = dict(others)
+    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray]]] = {}
+    for weight, value in zip(weights, values, strict=True):
+        if not weight.pieces:
+            found[weight.path] = value
+        for piece in weight.pieces:
+            quantized.setdefault(piece.path, []).append((piece.matrix, piece.of(value)))
     return [
-        _assembled(parameter, matrices[parameter.path], value) if isinstance(value, list) else value
-        for parameter, value in zip(parameters, given, strict=True)
+        _assembled(parameter, quantized[parameter.path]) if parameter.path in quantized else found[parameter.path]
+        for parameter in parameters
     ]
 
 
-def matrices_of(weights: Sequence[Weight]) -> dict[str, list[StoredMatrix]]:
-    """Where the quantized weights lie, by path."""
-    found: dict[str, list[StoredMatrix]] = {}
-    for weight in weights:
-        if weight.matrix is not None:
-            found.setdefault(weight.path, []).append(weight.matrix)
-    return found
-
-
-def _assembled(parameter: Parameter, matrices: Sequence[StoredMatrix], values: Sequence[QuantizedArray]) -> jax.Array:
+def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray]]) -> jax.Array:
     """A parameter put together from the matrices that lie in it; zeros where there is none."""
-    pairs = sorted(zip(matrices, values, strict=True), key=lambda pair: pair[0].offset)
-    size = 1
-    for n in parameter.shape:
-        size *= n
-    if all(matrix.span is not None for matrix in matrices):
-        flat = jnp.concatenate(list(_runs(pairs, size, parameter.dtype)))
-        return flat.reshape(parameter.shape)
+    pairs = sorted(parts, key=lambda pair: pair[0].offset)
+    size = prod(parameter.shape)
+    if all(matrix.span is not None for matrix, _ in pairs):
+        return jnp.concatenate(list(_runs(pairs, size, parameter.dtype))).reshape(parameter.shape)
     whole = jnp.zeros(size, parameter.dtype)
     for matrix, value in pairs:
         whole = whole.at[matrix.places()].set(value.dequantize(parameter.dtype))
@@ -189,4 +237,4 @@ def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype
         yield jnp.zeros(size - at, dtype)
 
 
-__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "dense_sources", "fill", "matrices_of"]
+__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "fill", "unread"]

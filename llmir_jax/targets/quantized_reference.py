@@ -17,8 +17,6 @@ from llmir_jax.dialects import llm
 Decode = Callable[..., Array]
 BLOCK_ELEMENTS = 1 << 18
 """About how many elements of a weight are floats at once: 1 MiB of them, which a core's cache holds."""
-WHOLE_ELEMENTS = 1 << 20
-"""A weight of at most so many elements is multiplied with a single row in one piece."""
 
 
 def _grouped(x: Array, group_size: int) -> Array:
@@ -188,14 +186,13 @@ def round_activations(x: Array, group_size: int | None) -> Array:
 def _by_rows(x: Array, parts: Sequence[Array], decode: Decode) -> Array:
     """x [..., K] times the transposed weight [N, K] of these parts, a block of its rows at a time: [..., N].
 
-    So no whole weight is ever there as floats. A single row is multiplied in one piece, if the weight is small: XLA
-    fuses the dequantization of a matrix into its product with a vector.
+    So no whole weight is ever there as floats. A single row is multiplied in one piece: XLA fuses the dequantization of
+    a matrix into its product with a vector.
     """
     num_out, num_in = parts[0].shape[0], x.shape[-1]
     rows = x.reshape(-1, num_in)
     block = min(-(-num_out // 2), max(1, BLOCK_ELEMENTS // num_in))
-    is_small = len(rows) == 1 and num_out * num_in <= WHOLE_ELEMENTS
-    if is_small or num_out == 1:
+    if len(rows) == 1 or num_out == 1:
         return jnp.matmul(x, decode(*parts).T)
 
     def body(i: Array, out: Array) -> Array:

@@ -15,7 +15,7 @@ argument each: `llmir.offset`, `llmir.rows` and `llmir.columns` tell where its e
 `find_weights` says why.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -23,7 +23,17 @@ from typing import Any
 
 import numpy as np
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, IntegerType, ModuleOp, TensorType, f32, i64
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    DictionaryAttr,
+    IntegerAttr,
+    IntegerType,
+    ModuleOp,
+    StringAttr,
+    TensorType,
+    f32,
+    i64,
+)
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, BlockArgument, Operation, SSAValue
 from xdsl.passes import ModulePass
@@ -45,6 +55,8 @@ from llmir_jax.transforms.matching import erase_unused, precision
 
 OFFSET, ROWS, COLUMNS = "llmir.offset", "llmir.rows", "llmir.columns"
 """Attributes of a quantized argument: where its matrix lies in the parameter `llmir.path`."""
+PARTS = "llmir.parts"
+"""Attribute of an argument of rows of several weights: these attributes and the path of each, in order."""
 
 _VIEWS = (
     stablehlo.SliceOp,
@@ -292,14 +304,19 @@ def quantized_type(scheme: Scheme, shape: tuple[int, int]) -> llm.QuantizedTenso
     )
 
 
-def stored_matrix(attributes: dict[str, Attribute]) -> StoredMatrix:
-    """Where the matrix of a quantized argument lies, from the argument's attributes."""
-    offset = attributes.get(OFFSET)
-    return StoredMatrix(
+def stored_matrices(attributes: Mapping[str, Attribute]) -> list[tuple[str, StoredMatrix]]:
+    """The parameters that a quantized argument has the rows of, and where they lie, from the argument's attributes."""
+    parts = attributes.get(PARTS)
+    if isinstance(parts, ArrayAttr):
+        return [pair for part in parts if isinstance(part, DictionaryAttr) for pair in stored_matrices(part.data)]
+    path, offset = attributes[signature.PATH], attributes.get(OFFSET)
+    assert isinstance(path, StringAttr)
+    matrix = StoredMatrix(
         offset=offset.value.data if isinstance(offset, IntegerAttr) else 0,
         rows=_dims(attributes[ROWS]),
         columns=_dims(attributes[COLUMNS]),
     )
+    return [(path.data, matrix)]
 
 
 def _dims(attribute: Attribute) -> Dims:
@@ -376,11 +393,12 @@ class WeightQuantizationPass(ModulePass):
 __all__ = [
     "COLUMNS",
     "OFFSET",
+    "PARTS",
     "ROWS",
     "WeightQuantizationPass",
     "Weights",
     "find_weights",
     "quantize_weights",
     "quantized_type",
-    "stored_matrix",
+    "stored_matrices",
 ]
