@@ -3,6 +3,7 @@
 import re
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -302,3 +303,21 @@ def test_zoo_in_int8(entry: Derivable) -> None:
     assert "int8" in str(decoder.report().parameters.values()), decoder.report().not_quantized
     check = decoder._self_check(seed)
     assert check.error <= check.tolerance
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_restored(data_path: Path, tmp_path: Path) -> None:
+    """A quantized model that is saved and loaded again gives the same tokens, and never has its weights as floats."""
+    options: dict[str, Any] = {"num_pages": 16, "page_size": 4, "max_seqs": 1, "max_seq_len": 40, "buckets": (8,)}
+    loaded = llmir.load(data_path / "checkpoints" / "llama")
+    loaded.quantize("int8").save(tmp_path / "int8")
+    restored = llmir.load(tmp_path / "int8")
+    prompt = np.random.default_rng(7).integers(0, 20, 9).tolist()
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    first = loaded.decoder(quantize="int8", **options)
+    second = restored.decoder(**options)
+    assert first.generate([prompt], params) == second.generate([prompt], params)
+    assert first.report().parameters == second.report().parameters
+    assert "model" not in vars(loaded) and "model" not in vars(restored)
