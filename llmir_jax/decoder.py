@@ -1,20 +1,23 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
+from xdsl.dialects.builtin import TensorType
 
 from llmir_jax.analysis.align import main_function
+from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, type_of
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import op_name
-from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.pipeline import PlanWeights, Recorder, derive_step, text_of
+from llmir_jax.quantization import Plan, Quantize, make_plan
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -23,11 +26,14 @@ from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
-from llmir_jax.trace import Traced, flatten_params, trace
-from llmir_jax.verify import CachedLogits, CheckResult, Piece, self_check
+from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
+from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
+from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, unread
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
+KV_CACHES = {"int8": 8, "int4": 4}
+"""Bits of quantized caches, by name."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
 
 
@@ -57,6 +63,18 @@ def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[i
     return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
 
 
+def _planner(quantize: Quantize, source: WeightSource) -> PlanWeights | None:
+    """What plans the quantization of weights; None where none is asked for."""
+    if quantize is None:
+        return None
+
+    def plan(shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, tuple[int, int]]) -> Plan:
+        stored = {path: scheme for path, scheme in source.stored.items() if path in matrices}
+        return make_plan(quantize, shapes, matrices=matrices, stored=stored)
+
+    return plan
+
+
 class Decoder:
     """A served model: the step derived from its forward, with a paged KV cache and an engine.
 
@@ -69,8 +87,9 @@ class Decoder:
         step: DerivedStep,
         engine: Engine,
         forward: Callable[[Any, jax.Array], jax.Array],
-        model: Any,
+        source: WeightSource,
         traced: Traced,
+        plan: Plan | None,
         texts: dict[str, str],
         recorder: Recorder,
         notes: Sequence[str],
@@ -79,8 +98,9 @@ class Decoder:
         self._step = step
         self._engine = engine
         self._forward = forward
-        self._model = model
+        self._source = source
         self._traced = traced
+        self._plan = plan
         self._texts = texts
         self._recorder = recorder
         self._notes = tuple(notes)
@@ -103,6 +123,9 @@ class Decoder:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] | None = None,
         target: str | None = None,
+        quantize: Quantize = None,
+        kv_cache: str | None = None,
+        source: WeightSource | None = None,
         seed: int = 0,
     ) -> "Decoder":
         """Derive the decoder of `forward(model, tokens int32[1, seq]) -> logits [1, seq, vocab]`.
@@ -118,15 +141,23 @@ class Decoder:
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
+            quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
+                `llmir_jax.quantization.rules`).
+            kv_cache: "int8" or "int4": keys and values are kept as integers with a scale for each token and head. None
+                for the floats that the model computes.
+            source: reads the values of the parameters one at a time; then `model` may be shapes only.
             seed: of the self-check's random tokens.
 
         Raises:
+            LlmirError: an option that cannot be, or weights that cannot be quantized as asked.
             UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
             VerificationError: the self-check found a difference.
         """
         _check_sizes(num_pages=num_pages, page_size=page_size, max_seqs=max_seqs)
         if max_seq_len is not None:
             _check_sizes(max_seq_len=max_seq_len)
+        if kv_cache not in (None, *KV_CACHES):
+            raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
@@ -142,24 +173,31 @@ class Decoder:
             return traced
 
         texts: dict[str, str] = {}
+        if source is None:
+            arrays = flatten_params(model)
+            source = ModelWeights(flatten_model(model)[1].paths, arrays)
+        weights = source
         derived = derive_step(
             trace_at,
-            lambda: flatten_params(model),
+            lambda: LazyArrays(weights, [p.path for p in first[0].params]),
             max_seqs=max_seqs,
             max_seq_len=longest,
             page_size=page_size,
             num_pages=num_pages,
             recorder=recorder,
+            plan_weights=_planner(quantize, source),
+            kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
         )
         texts["llm"] = derived.text
+        start = time.perf_counter()
         step = DerivedStep(
             derived,
-            flatten_params(model),
-            [p.path for p in first[0].params],
+            source,
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
         )
+        recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
         engine = Engine(step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk)
@@ -167,8 +205,9 @@ class Decoder:
             step=step,
             engine=engine,
             forward=forward,
-            model=model,
+            source=source,
             traced=first[0],
+            plan=derived.plan,
             texts=texts,
             recorder=recorder,
             notes=derived.notes,
@@ -269,10 +308,12 @@ class Decoder:
         for op in main.body.block.ops:
             if isinstance(op, llm.AttendPagesOp):
                 heads, dim = type_of(op.q).get_shape()[1:]
-                kv_heads = type_of(op.k_pages).get_shape()[2]
+                kind = op.k_pages.type
+                assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+                kv_heads = kind.get_shape()[2]
                 window = None if op.window is None else op.window.value.data
                 softcap = None if op.softcap is None else float(op.softcap.value.data)
-                form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, str(dtype_of(op.k_pages)))
+                form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, _cache_dtype(kind))
                 forms[form] = forms.get(form, 0) + 1
         names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
@@ -281,7 +322,10 @@ class Decoder:
             for form, n in forms.items()
         )
         check = self._check
-        used = set(self._step.parameter_paths)
+        values: dict[str, list[str]] = {}
+        for weight in self._step.weights:
+            for path, text in weight.describe():
+                values.setdefault(path, []).append(text)
         return Report(
             attention=entries,
             operations=counts,
@@ -290,9 +334,11 @@ class Decoder:
                 for name in sorted(counts)
                 if name.startswith("llm.")
             },
-            parameters={p.path: f"{np.dtype(p.dtype)}{list(p.shape)}" for p in self._traced.params if p.path in used},
-            unused_parameters=tuple(p.path for p in self._traced.params if p.path not in used),
-            cache_bytes=sum(_group_bytes(g) for g in self._step.cache_groups),
+            parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
+            parameter_bytes=sum(weight.value.nbytes for weight in self._step.weights),
+            not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
+            unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
+            cache_bytes=sum(g.nbytes for g in self._step.cache_groups),
             max_seq_len=self._step.max_seq_len,
             buckets=self._step.buckets,
             compilations=tuple(
@@ -320,11 +366,16 @@ class Decoder:
 
     def _self_check(self, seed: int) -> CheckResult:
         length = min(_SELF_CHECK_LENGTH, self._step.max_seq_len)
-        flat = flatten_params(self._model)
+        parameters, weights = self._traced.params, self._step.weights
+        others = unread(parameters, weights, self._source)
+
+        @jax.jit
+        def forward(values: Sequence[Any], others: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+            (logits,) = self._traced.flat_fn(*dense(parameters, weights, values, others), tokens)
+            return logits.astype(jnp.float32)[0]
 
         def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            (logits,) = self._traced.flat_fn(*flat, jnp.asarray(tokens)[None])
-            rows: np.ndarray[Any, Any] = np.asarray(logits.astype(jnp.float32))[0]
+            rows: np.ndarray[Any, Any] = np.asarray(forward(self._step.params, others, jnp.asarray(tokens)[None]))
             return rows
 
         start = time.perf_counter()
@@ -335,7 +386,7 @@ class Decoder:
             max_seqs=self._step.max_seqs,
             max_rows=self._step.buckets[-1],
             length=length,
-            half=self._computes_in_half(),
+            tolerance=self._tolerance(),
             seed=seed,
         )
         self._recorder.seconds["self-check"] = time.perf_counter() - start
@@ -344,6 +395,15 @@ class Decoder:
     def _input_vocab(self) -> int:
         return self._step.vocab_size
 
+    def _tolerance(self) -> float:
+        """What the coarsest numbers that the step computes with allow; weights are the same on both sides."""
+        kinds = ["half" if self._computes_in_half() else "float32"]
+        ops = list(main_function(self._step.derived_module).body.block.ops)
+        if any(isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None for op in ops):
+            kinds.append("int8 activations")
+        kinds += [f"int{g.quantized_bits} cache" for g in self._step.cache_groups if g.quantized_bits is not None]
+        return max(RELATIVE_TOLERANCE[kind] for kind in kinds)
+
     def _computes_in_half(self) -> bool:
         """Whether 16-bit floats take part: then rounding alone separates the two."""
         main = main_function(self._step.derived_module)
@@ -351,10 +411,13 @@ class Decoder:
             dtype_of(r).itemsize <= 2 and dtype_of(r).kind not in "iub"
             for op in main.body.block.ops
             for r in op.results
-            if hasattr(r.type, "get_shape")
+            if isinstance(r.type, TensorType)
         )
 
 
-def _group_bytes(group: CacheGroup) -> int:
-    per_page = group.page_size * group.num_kv_heads * group.head_dim * np.dtype(group.dtype).itemsize
-    return 2 * group.num_layers * group.num_pages * per_page
+def _cache_dtype(kind: TensorType | llm.QuantizedTensorType) -> str:
+    if isinstance(kind, llm.QuantizedTensorType):
+        scale = element_dtype(kind.scale_type)
+        side = "scale" if kind.is_symmetric else "scale and minimum"
+        return f"int{kind.integer_type.width.data}, a {scale} {side} for each token and head"
+    return str(element_dtype(kind.element_type))

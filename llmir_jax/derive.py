@@ -24,6 +24,7 @@ from llmir_jax.analysis.token_axis import TokenAxis
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, dtype_of, shape_of, tensor
 from llmir_jax.errors import LlmirError, UnsupportedModelError
+from llmir_jax.quantization import Plan
 from llmir_jax.trace import Traced
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.check_token_axis import analyse_main, check_token_pointwise
@@ -68,6 +69,8 @@ class Derived:
     notes: list[str] = field(default_factory=list)
     text: str = ""
     """The IR over the paged cache, before the cache is laid out."""
+    plan: Plan | None = None
+    """What became of each parameter, where weights are quantized."""
 
 
 class _Traces:

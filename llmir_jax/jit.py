@@ -16,6 +16,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_module
+from llmir_jax.quantization.rules import Quantize, check_quantize
 from llmir_jax.trace import (
     ModelTree,
     Traced,
@@ -34,20 +35,20 @@ _OPTIONS = ("quantize", "mesh", "target")
 
 @overload
 def jit(
-    fn: Callable[..., Any], *, quantize: str | None = None, mesh: Any = None, target: str | None = None, **unknown: Any
+    fn: Callable[..., Any], *, quantize: Quantize = None, mesh: Any = None, target: str | None = None, **unknown: Any
 ) -> "Jitted": ...
 
 
 @overload
 def jit(
-    fn: None = None, *, quantize: str | None = None, mesh: Any = None, target: str | None = None, **unknown: Any
+    fn: None = None, *, quantize: Quantize = None, mesh: Any = None, target: str | None = None, **unknown: Any
 ) -> "Callable[[Callable[..., Any]], Jitted]": ...
 
 
 def jit(
     fn: Callable[..., Any] | None = None,
     *,
-    quantize: str | None = None,
+    quantize: Quantize = None,
     mesh: Any = None,
     target: str | None = None,
     **unknown: Any,
@@ -57,7 +58,8 @@ def jit(
     Args:
         fn: function of (model, tokens int32[batch, seq]); the model is a pytree of arrays or an nnx module. It may
             return any pytree of arrays; a decoder wants logits, float[batch, seq, vocab].
-        quantize: not available in this version.
+        quantize: what a decoder's weights become: "int8", "int4", another scheme, or rules by the parameter's path such
+            as ``{"layers/.*/mlp": "int4", ".*norm": None}``. A direct call computes with the model's own weights.
         mesh: not available in this version.
         target: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version every target runs
             the reference decomposition, compiled by XLA.
@@ -70,21 +72,20 @@ def jit(
     """
     if unknown:
         raise LlmirError(f"jit has no option {_listed(unknown)}: its options are {_listed(_OPTIONS)}")
-    if quantize is not None:
-        raise LlmirError(f"quantize={quantize!r} is not available in this version of llmir-jax: leave it out")
+    check_quantize(quantize)
     if mesh is not None:
         raise LlmirError("mesh is not available in this version of llmir-jax: leave it out")
     if target is not None and target not in TARGETS:
         raise LlmirError(f"target must be one of {_listed(TARGETS)}, or None for the device JAX uses; got {target!r}")
     if fn is None:
-        return functools.partial(Jitted, target=target)
-    return Jitted(fn, target=target)
+        return functools.partial(Jitted, target=target, quantize=quantize)
+    return Jitted(fn, target=target, quantize=quantize)
 
 
 class Jitted:
     """A forward function compiled through the pipeline: call it as the function itself. Made by `llmir.jit`."""
 
-    def __init__(self, fn: Callable[..., Any], *, target: str | None = None):
+    def __init__(self, fn: Callable[..., Any], *, target: str | None = None, quantize: Quantize = None):
         if not callable(fn):
             raise LlmirError(f"jit takes a function of (model, tokens), got {type(fn).__name__}")
         functools.update_wrapper(self, fn)
@@ -92,6 +93,7 @@ class Jitted:
         self._name = getattr(fn, "__name__", type(fn).__name__)
         self._signature = _signature(fn, self._name)
         self._target = target
+        self._quantize = quantize
 
         def call_flat(params: list[jax.Array], tokens: jax.Array, tree: ModelTree) -> Any:
             traced, module = self._compile(list(map(shape_of, params)), tree, shape_of(tokens))
@@ -138,6 +140,7 @@ class Jitted:
             raise LlmirError(f"decoder has no option {_listed(unknown)}: its options are {_listed(known)}")
         if self._target is not None and "target" in known:
             options.setdefault("target", self._target)
+        options.setdefault("quantize", self._quantize)
         return Decoder.build(self._fn, model, **options)
 
     def _bind(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

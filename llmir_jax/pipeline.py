@@ -1,13 +1,13 @@
 """The pipeline: which passes run, in which order, and what is kept of each stage.
 
-    trace → derive → cache → raise → rows → lower
+    trace → derive → cache → raise → quantize → rows → lower
 
 Every pass verifies its result. The step is derived once, at a prime number of tokens, and specialised to each bucket.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -21,12 +21,16 @@ from xdsl.utils.exceptions import VerifyException
 from llmir_jax.derive import Derived, TraceAt, derive
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import make_context
+from llmir_jax.quantization import Plan
+from llmir_jax.transforms.activation_quantization import ActivationQuantizationPass
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
+from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
+from llmir_jax.transforms.quantized_operation_fusion import QuantizedOperationFusionPass
 from llmir_jax.transforms.raise_gated_mlp import RaiseGatedMLPPass
 from llmir_jax.transforms.raise_linear import RaiseLinearPass
 from llmir_jax.transforms.raise_norm import RaiseNormPass
@@ -34,6 +38,10 @@ from llmir_jax.transforms.raise_rope import RaiseRopePass
 from llmir_jax.transforms.remove_dead_arguments import RemoveDeadArgumentsPass
 from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
+from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Weights, find_weights
+
+PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]]], Plan]
+"""Plans the quantization of weights, from the shape of every parameter and (outputs, inputs) of those it can be."""
 
 
 @dataclass
@@ -75,6 +83,8 @@ def derive_step(
     page_size: int,
     num_pages: int,
     recorder: Recorder,
+    plan_weights: PlanWeights | None = None,
+    kv_cache_bits: int | None = None,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at."""
     start = time.perf_counter()
@@ -99,12 +109,30 @@ def derive_step(
         RaiseNormPass(),
         RaiseRopePass(),
         RaiseLinearPass(),
-        RaiseGatedMLPPass(),
     )
+    if plan_weights is not None:
+        weights = find_weights(module)
+        derived.plan = _explained(plan_weights(weights.shapes, weights.matrices), weights)
+        recorder.run(
+            module,
+            WeightQuantizationPass(plan=derived.plan),
+            ActivationQuantizationPass(plan=derived.plan),
+            QuantizedOperationFusionPass(),
+        )
+    recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)
-    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages), RemoveDeadArgumentsPass(keep_inputs=True))
+    recorder.run(module, KVCacheAllocationPass(num_pages=num_pages))
+    if kv_cache_bits is not None:
+        recorder.run(module, KVCacheQuantizationPass(bits=kv_cache_bits))
+    recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     return derived
+
+
+def _explained(plan: Plan, weights: Weights) -> Plan:
+    """The plan, with what the parameters that cannot be quantized are to the step."""
+    chosen = {path: why for path, why in plan.kept.items() if path in weights.uses or "rule" in why}
+    return replace(plan, kept={**plan.kept, **weights.reasons, **chosen})
 
 
 def specialize_step(derived: Derived, tokens: int, recorder: Recorder) -> ModuleOp:

@@ -39,7 +39,10 @@ class Report:
     served_by: dict[str, str]
     """For each llm operation, what computes it and why."""
     parameters: dict[str, str]
-    """dtype and shape of each parameter by path."""
+    """dtype and shape of each parameter by path; of quantized ones the scheme, and (outputs, inputs)."""
+    parameter_bytes: int
+    not_quantized: dict[str, str]
+    """Where weights are quantized: why the others are not, by path."""
     unused_parameters: tuple[str, ...]
     cache_bytes: int
     max_seq_len: int
@@ -61,7 +64,14 @@ class Report:
         dtypes: dict[str, int] = {}
         for text in self.parameters.values():
             dtypes[text.split("[")[0]] = dtypes.get(text.split("[")[0], 0) + 1
-        lines.append("parameters: " + ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items())))
+        counts = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
+        lines.append(f"parameters: {counts}; {self.parameter_bytes / 2**20:.1f} MiB")
+        reasons: dict[str, list[str]] = {}
+        for path, why in self.not_quantized.items():
+            reasons.setdefault(why, []).append(path)
+        for why, paths in reasons.items():
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            lines.append(f"  not quantized, {why}: {', '.join(paths[:3])}{more}")
         if self.unused_parameters:
             lines.append(f"  not read by the step: {', '.join(self.unused_parameters)}")
         lines.append(f"KV cache: {self.cache_bytes / 2**20:.1f} MiB, up to {self.max_seq_len} tokens a sequence")

@@ -1,21 +1,26 @@
 """The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
+from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function
+from llmir_jax.dense import element_dtype
 from llmir_jax.derive import Derived
-from llmir_jax.dialects.build import dtype_of, shape_of
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import shape_of
 from llmir_jax.interop import call_module
 from llmir_jax.pipeline import Recorder, specialize_step
-from llmir_jax.runtime.batch import Cache, CacheGroup, StepBatch
+from llmir_jax.quantization import QuantizedArray
+from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
+from llmir_jax.weights import WeightSource, fill
 
 
 def _number(attributes: dict[str, Any], name: str) -> int | None:
@@ -29,8 +34,7 @@ class DerivedStep:
     def __init__(
         self,
         derived: Derived,
-        parameters: Sequence[jax.Array],
-        parameter_paths: Sequence[str],
+        source: WeightSource,
         *,
         max_seqs: int,
         buckets: tuple[int, ...],
@@ -44,10 +48,9 @@ class DerivedStep:
         self.buckets = buckets
         main = main_function(derived.module)
         self._attributes = signature.argument_attributes(main)
-        self._shapes = [(shape_of(a), dtype_of(a)) for a in main.body.block.args]
-        by_path = dict(zip(parameter_paths, parameters, strict=True))
-        self.parameter_paths = tuple(path for _, path in signature.parameter_paths(main))
-        self.params: tuple[jax.Array, ...] = tuple(jnp.asarray(by_path[path]) for path in self.parameter_paths)
+        self._args = list(main.body.block.args)
+        self.weights = tuple(fill(derived.module, derived.plan, source))
+        self.params: tuple[jax.Array | QuantizedArray, ...] = tuple(weight.value for weight in self.weights)
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()
 
@@ -69,13 +72,19 @@ class DerivedStep:
                 layers.setdefault(group, []).append(index)
         groups = []
         for _, indices in sorted(layers.items()):
-            (num_pages, page_size, num_kv_heads, head_dim), dtype = self._shapes[indices[0]]
+            pages = self._args[indices[0]].type
+            assert isinstance(pages, TensorType | llm.QuantizedTensorType)
+            num_pages, page_size, num_kv_heads, head_dim = pages.get_shape()
+            quantized_bits = None
+            if isinstance(pages, llm.QuantizedTensorType):
+                quantized_bits = pages.integer_type.width.data
             groups.append(
                 CacheGroup(
                     num_layers=len(indices),
                     num_kv_heads=num_kv_heads,
                     head_dim=head_dim,
-                    dtype=dtype,
+                    dtype=element_dtype(pages.element_type),
+                    quantized_bits=quantized_bits,
                     window=_number(self._attributes[indices[0]], WINDOW),
                     num_pages=num_pages,
                     page_size=page_size,
@@ -86,10 +95,22 @@ class DerivedStep:
     def init_cache(self) -> Cache:
         """Zeroed pages."""
 
-        def array(group: CacheGroup) -> jax.Array:
-            return jnp.zeros((group.num_pages, group.page_size, group.num_kv_heads, group.head_dim), group.dtype)
+        def pages(index: int) -> Pages:
+            kind = self._args[index].type
+            if isinstance(kind, llm.QuantizedTensorType):
+                return tuple(_zeros(part) for part in kind.parts())
+            return _zeros(kind)
 
-        return tuple(tuple((array(g), array(g)) for _ in range(g.num_layers)) for g in self.cache_groups)
+        layers: dict[int, dict[int, dict[str, Pages]]] = {}
+        for index, attributes in enumerate(self._attributes):
+            role = self._role(index)
+            if role in ("k_pages", "v_pages"):
+                group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
+                layers.setdefault(group, {}).setdefault(layer, {})[role] = pages(index)
+        return tuple(
+            tuple((pair["k_pages"], pair["v_pages"]) for _, pair in sorted(group.items()))
+            for _, group in sorted(layers.items())
+        )
 
     def module(self, bucket: int) -> ModuleOp:
         """The step for `bucket` tokens, as it is compiled."""
@@ -101,27 +122,40 @@ class DerivedStep:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""
         module = self.module(batch.tokens.shape[0])
         remaining = iter(params)
-        args = []
+        args: list[Any] = []
         for index, attributes in enumerate(self._attributes):
             role = self._role(index)
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
             if role is None:
-                args.append(next(remaining))
-            elif role == "k_pages":
-                args.append(cache[group][layer][0])
-            elif role == "v_pages":
-                args.append(cache[group][layer][1])
+                param = next(remaining)
+                args += param.composite_parts() if isinstance(param, QuantizedArray) else [param]
+            elif role in ("k_pages", "v_pages"):
+                pages = cache[group][layer][0 if role == "k_pages" else 1]
+                args += pages if isinstance(pages, tuple) else [pages]
             elif role == "block_tables":
                 args.append(batch.block_tables[group])
             else:
                 args.append(getattr(batch, role))
-        results = call_module(module, *args)
-        new = [[list(pair) for pair in layers] for layers in cache]
+        arrays = iter(call_module(module, *args))
+        results = [self._take(arrays, value.type) for value in signature.results(main_function(self._derived.module))]
+        new: list[list[list[Any]]] = [[list(pair) for pair in layers] for layers in cache]
         for index, attributes in enumerate(self._attributes):
             place = _number(attributes, RESULT)
             if place is None:
                 continue
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
             new[group][layer][0 if self._role(index) == "k_pages" else 1] = results[place]
-        logits = results[0].reshape(self.max_seqs, self.vocab_size).astype(jnp.float32)
+        logits = jnp.asarray(results[0]).reshape(self.max_seqs, self.vocab_size).astype(jnp.float32)
         return logits, tuple(tuple((k, v) for k, v in layers) for layers in new)
+
+    @staticmethod
+    def _take(arrays: Iterator[jax.Array], kind: Attribute) -> Pages:
+        """The next of the arrays, or those that hold a value of a quantized type."""
+        if isinstance(kind, llm.QuantizedTensorType):
+            return tuple(next(arrays) for _ in kind.parts())
+        return next(arrays)
+
+
+def _zeros(kind: Attribute) -> jax.Array:
+    assert isinstance(kind, TensorType)
+    return jnp.zeros(kind.get_shape(), element_dtype(kind.element_type))

@@ -14,8 +14,18 @@ from llmir_jax.errors import VerificationError
 from llmir_jax.runtime.batch import CacheGroup
 
 Array = np.ndarray[Any, Any]
-RELATIVE_TOLERANCE = {"float32": 2e-3, "half": 8e-2}
-"""Largest difference allowed, as a share of the largest logit in absolute value."""
+RELATIVE_TOLERANCE = {
+    "float32": 2e-3,
+    "half": 8e-2,
+    "int8 activations": 0.25,
+    "int8 cache": 0.25,
+    "int4 cache": 0.75,
+}
+"""Largest difference allowed, as a share of the largest logit in absolute value.
+
+What is rounded in the step and not in the forward leaves only a coarse check: a wrong decoder still fails it, for its
+logits have nothing in common with the right ones.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def self_check(
     max_seqs: int,
     max_rows: int,
     length: int,
-    half: bool,
+    tolerance: float,
     seed: int,
 ) -> CheckResult:
     """Compare; `forward(tokens [length])` gives logits [length, vocab] of the original.
@@ -137,7 +147,6 @@ def self_check(
             compared += 1
             if difference > worst:
                 worst, where = float(difference), (seq, position)
-    tolerance = RELATIVE_TOLERANCE["half" if half else "float32"]
     result = CheckResult(compared=compared, error=worst / scale, tolerance=tolerance)
     if not worst <= tolerance * scale:
         raise VerificationError(

@@ -81,7 +81,7 @@ def test_types_differ_in_every_parameter() -> None:
 
 def test_parts_of_types() -> None:
     assert llm.QuantizedTensorType([4, 8], i4, f16, min_type=f32, group_size=4).parts() == (
-        TensorType(IntegerType(4, Signedness.UNSIGNED), [4, 8]),
+        TensorType(IntegerType(8, Signedness.UNSIGNED), [4, 4]),  # two in a byte
         TensorType(f16, [4, 2]),
         TensorType(f32, [4, 2]),
     )
@@ -166,6 +166,7 @@ def test_constructors_make_ops_that_verify() -> None:
         ),
         llm.DequantizeOp(a["x8"], result_type=x_type, scale=dense_from_numpy(np.full(32, 0.1, np.float32))),
         llm.DequantizeOp(a["wq"], result_type=TensorType(f32, [48, 32])),
+        llm.QuantizedGatherOp(a["wq"], a["lens"], result_type=TensorType(f32, [4, 32])),
         llm.QuantizedMatmulOp(a["x"], a["wq"], result_type=wide, transpose_w=True),
         llm.QuantizedMatmulOp(a["x"], a["x8"], a["lens"], result_type=wide),
         llm.ShardedLinearOp(a["x"], a["w"], result_type=TensorType(f32, [6, 12]), **part),

@@ -273,8 +273,8 @@ def test_compiled_names_what_does_not_fit() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(LlmirError, match="no option quantise: its options are quantize, mesh, target"):
         llmir.jit(plain, quantise="int4")
-    with pytest.raises(LlmirError, match="quantize='int4' is not available"):
-        llmir.jit(quantize="int4")
+    with pytest.raises(LlmirError, match="unknown scheme 'int5'"):
+        llmir.jit(quantize="int5")
     with pytest.raises(LlmirError, match="mesh is not available"):
         llmir.jit(plain, mesh=jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)))
     with pytest.raises(LlmirError, match=r"target must be one of cpu, gpu, tpu, reference, .* got 'npu'"):

@@ -13,6 +13,7 @@ from llmir_jax.pipeline import Recorder, derive_step
 from llmir_jax.runtime.batch import Cache, StepBatch
 from llmir_jax.step import DerivedStep
 from llmir_jax.trace import flatten_params, trace
+from llmir_jax.weights import ModelWeights
 
 VOCAB, WIDTH, HEADS, HEAD_DIM = 31, 12, 3, 5
 WINDOWS = (None, 6, None)  # of the layers
@@ -59,8 +60,8 @@ def derived(dtype: Any, buckets: tuple[int, ...]) -> DerivedStep:
         num_pages=NUM_PAGES,
         recorder=recorder,
     )
-    paths = [p.path for p in first.params]
-    return DerivedStep(step, flatten_params(params), paths, max_seqs=MAX_SEQS, buckets=buckets, recorder=recorder)
+    source = ModelWeights([p.path for p in first.params], flatten_params(params))
+    return DerivedStep(step, source, max_seqs=MAX_SEQS, buckets=buckets, recorder=recorder)
 
 
 def batch_shapes(tokens: int, num_groups: int) -> StepBatch:

@@ -196,17 +196,9 @@ class QuantizedArray:
         )
 
     def composite_parts(self) -> tuple[jax.Array, ...]:
-        """The arrays that a value of `ir_type` is lowered to: integers [N, K], scales, zero points or minima [N, G].
-
-        Integers of 4 bits are int4 (uint4 for `minimum`), a bitcast of the packed bytes. Traceable.
-        """
-        q = jnp.asarray(self.values)
-        if self.bits == 4:
-            # The low nibble comes first: https://openxla.org/stablehlo/spec#bitcast_convert
-            nibbles = jax.lax.bitcast_convert_type(q, jnp.int4 if self.minima is None else jnp.uint4)
-            q = nibbles.reshape(self.shape)
+        """The arrays that a value of `ir_type` is lowered to: values, scales, zero points or minima, all of N rows."""
         side = [jnp.asarray(part) for part in (self.scales, self.zero_points, self.minima) if part is not None]
-        return q, *(jnp.broadcast_to(part, (self.shape[0], part.shape[1])) for part in side)
+        return jnp.asarray(self.values), *(jnp.broadcast_to(part, (self.shape[0], part.shape[1])) for part in side)
 
 
 def pack(integers: AnyArray) -> AnyArray:

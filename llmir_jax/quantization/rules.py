@@ -90,6 +90,19 @@ def make_plan(
     return _resolve(chosen, parameters, matrices, stored)
 
 
+def check_quantize(quantize: Quantize) -> None:
+    """Raises LlmirError for what the option can mean for no model: an unknown scheme, a rule that is none."""
+    if quantize is None or quantize == STORED:
+        return
+    if not isinstance(quantize, Mapping):
+        parse_scheme(quantize)
+        return
+    if not quantize:
+        raise LlmirError("quantize: no rules in it; leave it out, or give a scheme for all matrices such as 'int8'")
+    for text, scheme in quantize.items():
+        _parse_rule(text, scheme)
+
+
 def _resolve(
     chosen: Mapping[str, Scheme | None],
     parameters: Mapping[str, tuple[int, ...]],

@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 
-Cache = tuple[tuple[tuple[jax.Array, jax.Array], ...], ...]
-"""Per cache group, per layer of it: (k_pages, v_pages), each [num_pages, page_size, num_kv_heads, head_dim]."""
+Pages = jax.Array | tuple[jax.Array, ...]
+"""[num_pages, page_size, num_kv_heads, head_dim]; of quantized ones (integers, scales [..., num_kv_heads, 1]);
+integers of 4 bits are packed into bytes [..., head_dim / 2], and have minima [..., num_kv_heads, 1] too."""
+
+Cache = tuple[tuple[tuple[Pages, Pages], ...], ...]
+"""Per cache group, per layer of it: (k_pages, v_pages)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,16 @@ class CacheGroup:
     window: int | None
     num_pages: int
     page_size: int
+    quantized_bits: int | None = None
+    """4 or 8 where keys and values are integers with a float16 scale (4: and minimum) for each token and head."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its page arrays."""
+        rows = 2 * self.num_layers * self.num_pages * self.page_size * self.num_kv_heads
+        if self.quantized_bits is None:
+            return rows * self.head_dim * np.dtype(self.dtype).itemsize
+        return rows * (self.head_dim * self.quantized_bits // 8 + (4 if self.quantized_bits == 4 else 2))
 
 
 class StepBatch(NamedTuple):

@@ -6,6 +6,7 @@ each on its own; many are cut into runs of rows of one sequence.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,17 +20,34 @@ ROWS_PER_RUN = 128
 """At most how many rows of one sequence are served at once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizedPages:
+    """Page arrays of integers [N, PS, Hkv, D], packed if they are of 4 bits, with scales for each token and head."""
+
+    parts: tuple[Array, ...]  # integers, scales …, [N, PS, Hkv, …] each
+    encode: Callable[[Array], tuple[Array, ...]]  # floats [..., Hkv, D] → integers, scales …
+    decode: Callable[..., Array]  # and back, float32
+    shape: tuple[int, ...]
+
+    def __getitem__(self, pages: Array) -> Array:
+        """Whole pages as floats [..., PS, Hkv, D]."""
+        return self.decode(*(part[pages] for part in self.parts))
+
+
+Pages = Array | QuantizedPages
+
+
 def write_pages(
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     k: Array,
     v: Array,
     seq_ids: Array,
     positions: Array,
     block_tables: Array,
     num_tokens: Array,
-) -> tuple[Array, Array]:
-    """Write new keys and values to their pages.
+) -> tuple[Array, ...]:
+    """Write new keys and values to their pages: the new arrays of k_pages, then of v_pages.
 
     Args:
         k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim].
@@ -38,7 +56,7 @@ def write_pages(
         block_tables: int32 [S, P].
         num_tokens: int32 []; rows from it on are padding and are not written.
     """
-    num_pages, page_size, *row = k_pages.shape
+    num_pages, page_size = k_pages.shape[:2]
     if k.shape[0] == 1:
         # XLA makes a scatter of one row a read, a choice and an update, and copies the whole array for the read
         k, v = (jnp.concatenate([x, x]) for x in (k, v))
@@ -49,12 +67,18 @@ def write_pages(
     page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
     slot = jnp.where(valid, page * page_size + positions % page_size, num_pages * page_size + rows)
 
-    def write(pages: Array, new: Array) -> Array:
-        flat = pages.reshape(num_pages * page_size, *row)
-        flat = flat.at[slot].set(new.astype(pages.dtype), mode="drop", unique_indices=True)
-        return flat.reshape(pages.shape)
+    def write(array: Array, new: Array) -> Array:
+        flat = array.reshape(num_pages * page_size, *array.shape[2:])
+        flat = flat.at[slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+        return flat.reshape(array.shape)
 
-    return write(k_pages, k), write(v_pages, v)
+    written: list[Array] = []
+    for pages, new in ((k_pages, k), (v_pages, v)):
+        if isinstance(pages, QuantizedPages):
+            written += map(write, pages.parts, pages.encode(new))
+        else:
+            written.append(write(pages, new))
+    return tuple(written)
 
 
 class _Softmax(NamedTuple):
@@ -71,8 +95,8 @@ class _Softmax(NamedTuple):
 
 def attend_pages(
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
+    k_pages: Pages,
+    v_pages: Pages,
     block_tables: Array,
     seq_lens: Array,
     seq_ids: Array,
@@ -227,4 +251,4 @@ def attend_pages(
     return out.reshape(num_rows, num_heads, -1)
 
 
-__all__ = ["attend_pages", "write_pages"]
+__all__ = ["Pages", "QuantizedPages", "attend_pages", "write_pages"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 from xdsl.dialects.builtin import IntegerType, NoneAttr, TensorType
 
@@ -15,6 +15,8 @@ from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 
 Decode = Callable[..., Array]
+BLOCK_ELEMENTS = 1 << 18
+"""About how many elements of a weight are floats at once: 1 MiB of them, which a core's cache holds."""
 
 
 def _grouped(x: Array, group_size: int) -> Array:
@@ -27,38 +29,71 @@ def _range(part: TensorType) -> tuple[int, int]:
     return llm.storage_range(part.element_type)
 
 
+def pack(integers: Array, num_bits: int) -> Array:
+    """Integers [..., K] of fewer than 8 bits as bytes [..., K · bits / 8], the first in the lowest bits."""
+    count = 8 // num_bits
+    fields = integers.astype(jnp.int32).reshape(*integers.shape[:-1], -1, count) & (2**num_bits - 1)
+    shifts = num_bits * jnp.arange(count, dtype=jnp.int32)
+    return jnp.sum(fields << shifts, axis=-1).astype(jnp.uint8)
+
+
+def unpack(packed: Array, num_bits: int, *, signed: bool) -> Array:
+    """The inverse of `pack`, as int32."""
+    shifts = num_bits * jnp.arange(8 // num_bits, dtype=jnp.int32)
+    fields = (packed.astype(jnp.int32)[..., None] >> shifts) & (2**num_bits - 1)
+    flat: Array = fields.reshape(*packed.shape[:-1], -1)
+    sign = 2 ** (num_bits - 1)
+    return (flat ^ sign) - sign if signed else flat
+
+
+def _stored(kind: llm.QuantizedTensorType, integers: Array) -> Array:
+    """Integers, int32, as the type stores them."""
+    num_bits = kind.integer_type.width.data
+    if num_bits < 8:
+        return pack(integers, num_bits)
+    return integers.astype(element_dtype(kind.integer_type))
+
+
+def _integers(kind: llm.QuantizedTensorType | llm.MixedQuantizedTensorType, stored: Array) -> Array:
+    """The integers that a type stores, int32."""
+    if isinstance(kind, llm.QuantizedTensorType) and (num_bits := kind.integer_type.width.data) < 8:
+        return unpack(stored, num_bits, signed=isinstance(kind.min_type, NoneAttr))
+    return stored.astype(jnp.int32)
+
+
 def _positive(scale: Array) -> Array:
     """Scales to divide by: 1 where a group is all zero, whose integers are then 0."""
     return jnp.where(scale > 0, scale, 1)
 
 
-def _encode(values: Array, low: int, high: int, dtype: DTypeLike) -> Array:
-    return jnp.clip(jnp.round(values), low, high).astype(jnp.int32).astype(dtype)
+def _encode(values: Array, low: int, high: int) -> Array:
+    return jnp.clip(jnp.round(values), low, high).astype(jnp.int32)
 
 
 def encode_parts(kind: llm.QuantizedTensorType, x: Array) -> tuple[Array, ...]:
     """The parts of x quantized to a type, each group by its own values."""
-    stored, *side = kind.parts()
-    low, high = _range(stored)
-    dtype = element_dtype(stored.element_type)
-    side_dtypes = [element_dtype(part.element_type) for part in side]
+    side_dtypes = [element_dtype(part.element_type) for part in kind.parts()[1:]]
+    low, high = llm.storage_range(kind.integer_type)
     groups = _grouped(x.astype(jnp.float32), kind.elements_per_group)
+
+    def stored(integers: Array) -> Array:
+        return _stored(kind, integers.reshape(x.shape))
+
     if kind.is_symmetric:
         scale = _rounded(jnp.max(jnp.abs(groups), axis=-1) / high, side_dtypes[0])
-        integers = _encode(groups / _positive(scale)[..., None], -high, high, dtype)
-        return integers.reshape(x.shape), scale.astype(side_dtypes[0])
+        integers = _encode(groups / _positive(scale)[..., None], -high, high)
+        return stored(integers), scale.astype(side_dtypes[0])
     least, greatest = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
     if not isinstance(kind.min_type, NoneAttr):
         least = _rounded(least, side_dtypes[1])
         scale = _rounded((greatest - least) / (high - low), side_dtypes[0])
-        integers = _encode((groups - least[..., None]) / _positive(scale)[..., None], low, high, dtype)
-        return integers.reshape(x.shape), scale.astype(side_dtypes[0]), least.astype(side_dtypes[1])
+        integers = _encode((groups - least[..., None]) / _positive(scale)[..., None], low, high)
+        return stored(integers), scale.astype(side_dtypes[0]), least.astype(side_dtypes[1])
     least, greatest = jnp.minimum(least, 0), jnp.maximum(greatest, 0)
     scale = _rounded((greatest - least) / (high - low), side_dtypes[0])
     zero_point = jnp.clip(jnp.round(low - least / _positive(scale)), low, high)
-    integers = _encode(groups / _positive(scale)[..., None] + zero_point[..., None], low, high, dtype)
-    stored_zero_point = zero_point.astype(jnp.int32).astype(side_dtypes[1])
-    return integers.reshape(x.shape), scale.astype(side_dtypes[0]), stored_zero_point
+    integers = _encode(groups / _positive(scale)[..., None] + zero_point[..., None], low, high)
+    return stored(integers), scale.astype(side_dtypes[0]), zero_point.astype(jnp.int32).astype(side_dtypes[1])
 
 
 def _rounded(x: Array, dtype: DTypeLike) -> Array:
@@ -84,7 +119,8 @@ def dequantize_parts(kind: llm.QuantizedTensorType | llm.MixedQuantizedTensorTyp
     """The function from the parts of a value of a type to the floats they stand for, float32."""
 
     def decode(integers: Array, scales: Array, offsets: Array | None = None) -> Array:
-        groups = _grouped(integers, integers.shape[-1] // scales.shape[-1]).astype(jnp.int32)
+        wide = _integers(kind, integers)
+        groups = _grouped(wide, wide.shape[-1] // scales.shape[-1])
         scale = scales.astype(jnp.float32)[..., None]
         if offsets is None:
             values = groups * scale
@@ -92,7 +128,7 @@ def dequantize_parts(kind: llm.QuantizedTensorType | llm.MixedQuantizedTensorTyp
             values = groups * scale + offsets.astype(jnp.float32)[..., None]
         else:
             values = (groups - offsets.astype(jnp.int32)[..., None]) * scale
-        return values.reshape(integers.shape)
+        return values.reshape(wide.shape)
 
     return decode
 
@@ -127,10 +163,57 @@ def quantized_matmul(
         dtype: of the result [..., N].
     """
     if decode is not None:
-        weight = decode(w, *rest).T
-    elif transpose_w:
+        return _by_rows(x.astype(jnp.float32), (w, *rest), decode).astype(dtype)
+    if transpose_w:
         columns = [part.T for part in rest]
         weight = _decode_columns(w.T, columns[0], columns[1] if len(columns) > 1 else None, group_size)
     else:
         weight = _decode_columns(w, rest[0], rest[1] if len(rest) > 1 else None, group_size)
     return jnp.matmul(x.astype(jnp.float32), weight).astype(dtype)
+
+
+def round_activations(x: Array, group_size: int | None) -> Array:
+    """x [..., K] rounded to 8 bits and back, float32: each row, or each group of it along K, by its largest value.
+
+    Products of these floats differ from sums of products of the integers, times scales, by no more than float32
+    rounds: |q| ≤ 127, so that the integers themselves are exact.
+    """
+    groups = _grouped(x.astype(jnp.float32), group_size or x.shape[-1])
+    scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127
+    return (jnp.clip(jnp.round(groups / _positive(scale)), -127, 127) * scale).reshape(x.shape)
+
+
+def _by_rows(x: Array, parts: Sequence[Array], decode: Decode) -> Array:
+    """x [..., K] times the transposed weight [N, K] of these parts, a block of its rows at a time: [..., N].
+
+    So no whole weight is ever there as floats. A single row is multiplied in one piece: XLA fuses the dequantization of
+    a matrix into its product with a vector.
+    """
+    num_out, num_in = parts[0].shape[0], x.shape[-1]
+    rows = x.reshape(-1, num_in)
+    block = min(-(-num_out // 2), max(1, BLOCK_ELEMENTS // num_in))
+    if len(rows) == 1 or num_out == 1:
+        return jnp.matmul(x, decode(*parts).T)
+
+    def body(i: Array, out: Array) -> Array:
+        start = jnp.minimum(i * block, num_out - block)  # the last block may repeat rows of the one before
+        weight = decode(*(lax.dynamic_slice_in_dim(part, start, block) for part in parts))
+        product = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(out, product, start, 0)
+
+    out: Array = lax.fori_loop(0, -(-num_out // block), body, jnp.zeros((num_out, len(rows)), jnp.float32))
+    return out.T.reshape(*x.shape[:-1], num_out)
+
+
+def quantized_gather(w: Array, *rest: Array, decode: Decode, dtype: DTypeLike) -> Array:
+    """Rows of a matrix of a quantized type.
+
+    Args:
+        w: integers [N, K].
+        rest: scales, zero points or minima where there are any, and last the ids, integers [...].
+        decode: turns the parts of some rows into floats.
+        dtype: of the result [..., K].
+    """
+    *side, ids = rest
+    rows = jnp.clip(ids, 0, w.shape[0] - 1)
+    return decode(*(part[rows] for part in (w, *side))).astype(dtype)

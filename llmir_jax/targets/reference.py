@@ -28,13 +28,15 @@ from llmir_jax.dialects.llm.common import (
     optional_int_of,
 )
 from llmir_jax.errors import InvalidIRError
-from llmir_jax.targets.paged_reference import attend_pages, write_pages
+from llmir_jax.targets.paged_reference import Pages, QuantizedPages, attend_pages, write_pages
 from llmir_jax.targets.quantized_reference import (
     Decode,
     dequantize_parts,
     encode_mixed,
     encode_parts,
+    quantized_gather,
     quantized_matmul,
+    round_activations,
 )
 
 Reference = Callable[..., Array | tuple[Array, ...]]
@@ -165,9 +167,13 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
     scoring = Scoring.of(op, _shape(op.q.type)[2])
     dtype = _dtype(op.output.type)
 
-    def run(*operands: Array) -> Array:
+    def run(q: Array, *operands: Array) -> Array:
+        (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
         attended = attend_pages(
-            *operands,
+            q,
+            k_pages,
+            v_pages,
+            *rest,
             scale=scoring.scale,
             causal=scoring.causal,
             window=scoring.window,
@@ -178,8 +184,26 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
     return run
 
 
-def _write_pages(_: llm.WritePagesOp) -> Reference:
-    return write_pages
+def _write_pages(op: llm.WritePagesOp) -> Reference:
+    def run(*operands: Array) -> tuple[Array, ...]:
+        (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
+        return write_pages(k_pages, v_pages, *rest)
+
+    return run
+
+
+def _pages(kinds: Sequence[Attribute], operands: Sequence[Array]) -> tuple[list[Pages], list[Array]]:
+    """Page arrays of these types from the operands that hold them, and the other operands."""
+    remaining = list(operands)
+    pages: list[Pages] = []
+    for kind in kinds:
+        if not isinstance(kind, llm.QuantizedTensorType):
+            pages.append(remaining.pop(0))
+            continue
+        parts = tuple(remaining.pop(0) for _ in kind.parts())
+        encode, decode = partial(encode_parts, kind), dequantize_parts(kind)
+        pages.append(QuantizedPages(parts=parts, encode=encode, decode=decode, shape=kind.get_shape()))
+    return pages, remaining
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -316,13 +340,22 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
     decode: Decode | None = None
     if isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType):
         decode = dequantize_parts(op.w.type)
-    return partial(
+    multiply = partial(
         quantized_matmul,
         decode=decode,
         group_size=optional_int_of(op.group_size),
         transpose_w=bool_of(op.transpose_w),
         dtype=_dtype(op.output.type),
     )
+    if op.activation_bits is None:
+        return multiply
+    group_size = optional_int_of(op.activation_group_size)
+    return lambda x, *weight: multiply(round_activations(x, group_size), *weight)
+
+
+def _quantized_gather(op: llm.QuantizedGatherOp) -> Reference:
+    assert isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType)
+    return partial(quantized_gather, decode=dequantize_parts(op.w.type), dtype=_dtype(op.output.type))
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -374,6 +407,7 @@ DECOMPOSITIONS: dict[type[Operation], Callable[[Any], Reference]] = {
     llm.LayerNormOp: _layer_norm,
     llm.LinearOp: _linear,
     llm.QuantizeOp: _quantize,
+    llm.QuantizedGatherOp: _quantized_gather,
     llm.QuantizedMatmulOp: _quantized_matmul,
     llm.RMSNormOp: _rms_norm,
     llm.RopeOp: _rope,

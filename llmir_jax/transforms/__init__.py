@@ -5,14 +5,17 @@ from importlib import import_module
 from xdsl.passes import ModulePass
 
 PASSES: dict[str, tuple[str, str]] = {
+    "activation-quantization": ("activation_quantization", "ActivationQuantizationPass"),
     "blockify-kv-cache": ("blockify_kv_cache", "BlockifyKVCachePass"),
     "check-token-axis": ("check_token_axis", "CheckTokenAxisPass"),
     "inline-calls": ("inline_calls", "InlineCallsPass"),
     "insert-kv-cache": ("insert_kv_cache", "InsertKVCachePass"),
     "kv-cache-allocation": ("kv_cache_allocation", "KVCacheAllocationPass"),
     "kv-cache-pruning": ("kv_cache_pruning", "KVCachePruningPass"),
+    "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
     "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
+    "quantized-operation-fusion": ("quantized_operation_fusion", "QuantizedOperationFusionPass"),
     "raise-attention": ("raise_attention", "RaiseAttentionPass"),
     "raise-gated-mlp": ("raise_gated_mlp", "RaiseGatedMLPPass"),
     "raise-linear": ("raise_linear", "RaiseLinearPass"),
@@ -24,6 +27,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "sink-logits-rows": ("sink_logits_rows", "SinkLogitsRowsPass"),
     "specialize-tokens": ("specialize_tokens", "SpecializeTokensPass"),
     "unroll-loops": ("unroll_loops", "UnrollLoopsPass"),
+    "weight-quantization": ("weight_quantization", "WeightQuantizationPass"),
 }
 """For each pass, by its name on the command line: its module in this package, and its class."""
 

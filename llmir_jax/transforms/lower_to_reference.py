@@ -4,9 +4,10 @@
       →  %y = func.call @llm_rms_norm(%x, %w) : (tensor<7x576xf32>, tensor<576xf32>) -> tensor<7x576xf32>
 
 One private function serves all ops of the same kind, properties and types. Values of a quantized or sharded type become
-the tensors that hold them, arguments of functions too. ``llm.pipeline_recv`` takes the value of the matching send of
-the same module. ``num_devices`` is how many devices run the program, for collectives whose groups are smaller; without
-it a group is all of them. What reads or writes an abstract KV cache is for ``kv-cache-allocation``, which runs before.
+the tensors that hold them, arguments and results of functions too. ``llm.pipeline_recv`` takes the value of the
+matching send of the same module. ``num_devices`` is how many devices run the program, for collectives whose groups are
+smaller; without it a group is all of them. What reads or writes an abstract KV cache is for ``kv-cache-allocation``,
+which runs before.
 """
 
 from collections import defaultdict, deque
@@ -149,6 +150,14 @@ class _Lowering:
             self.parts[arg] = new
             kept += [entry] * len(new)
         function.properties["arg_attrs"] = ArrayAttr(kept)
+
+    def expand_results(self, function: func.FuncOp) -> None:
+        """Return the parts of composite values."""
+        last = function.body.block.last_op
+        if not isinstance(last, func.ReturnOp) or not any(_is_composite(value.type) for value in last.operands):
+            return
+        last.operands = self.flat(last.operands)
+        function.properties.pop("res_attrs", None)  # they were one for each value
 
     def drop_arguments(self, function: func.FuncOp) -> None:
         """Remove the composite arguments, whose uses are lowered, and set the function's type."""
@@ -320,6 +329,7 @@ class LowerToReferencePass(ModulePass):
             for inner in list(function.body.walk()):
                 if inner.dialect_name() == llm.LLM.name:
                     lowering.lower(inner)
+            lowering.expand_results(function)
         lowering.finish()
         for function in functions:
             lowering.drop_arguments(function)

@@ -15,7 +15,7 @@ logits are computed for every token and their rows gathered.
 from dataclasses import dataclass
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType
 from xdsl.ir import Block, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.transforms.dead_code_elimination import dce
@@ -64,7 +64,7 @@ class _Sinker:
 
     def of(self, value: SSAValue) -> SSAValue:
         """`value` with its token axis replaced by the rows."""
-        if not any(n and n % self.length == 0 for n in shape_of(value)):
+        if not self._runs_over_tokens(value):
             return value
         if value not in self.done:
             self._make(value)
@@ -90,7 +90,8 @@ class _Sinker:
             pending.pop()
 
     def _runs_over_tokens(self, value: SSAValue) -> bool:
-        return any(n and n % self.length == 0 for n in shape_of(value))
+        # a quantized weight is no tensor
+        return isinstance(value.type, TensorType) and any(n and n % self.length == 0 for n in shape_of(value))
 
     def _clone(self, op: Operation) -> None:
         count = shape_of(self.rows)[0]

@@ -68,3 +68,16 @@ def test_answers_a_question(smollm2: llmir.Loaded) -> None:
     assert "".join(update.text or "" for update in updates) == "The capital of France is Paris."
     assert updates[-1].output is not None
     assert updates[-1].output.finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_file(smollm2: llmir.Loaded) -> None:
+    """ "int4" keeps the file's own blocks, so the outputs are those of float32."""
+    decoder = decoder_of(smollm2, page_size=16, max_seqs=len(CASES), buckets=(len(CASES), 128), quantize="int4")
+    report = decoder.report()
+    assert report.self_check.startswith("passed")
+    kinds = {text.split("[")[0] for text in report.parameters.values()}
+    assert kinds == {"float32", "int4-g32-min-f16", "int8-g32-f16"}
+    assert all("norm" in path for path in report.not_quantized)
+    assert report.parameter_bytes < 100e6
+    assert decoder.generate(PROMPTS, PARAMS) == OUTPUTS

@@ -47,8 +47,8 @@ func.func private @llm_rms_norm(%x: tensor<f32>) -> tensor<f32> {
 // Quantized and sharded values become the tensors that hold them.
 
 // CHECK-LABEL: func.func @composites
-// CHECK-SAME: (%x: tensor<3x16xf32>, %{{.*}}: tensor<8x16xui4> {llmir.path = "w"}, %{{.*}}: tensor<8x2xf32> {llmir.path = "w"}, %{{.*}}: tensor<8x2xf32> {llmir.path = "w"}, %{{.*}}: tensor<8x4xf32>) -> tensor<3x4xf32>
-// CHECK: func.call @llm_quantized_matmul(%x, %{{.*}}, %{{.*}}, %{{.*}}) : (tensor<3x16xf32>, tensor<8x16xui4>, tensor<8x2xf32>, tensor<8x2xf32>) -> tensor<3x8xf32>
+// CHECK-SAME: (%x: tensor<3x16xf32>, %{{.*}}: tensor<8x8xui8> {llmir.path = "w"}, %{{.*}}: tensor<8x2xf32> {llmir.path = "w"}, %{{.*}}: tensor<8x2xf32> {llmir.path = "w"}, %{{.*}}: tensor<8x4xf32>) -> tensor<3x4xf32>
+// CHECK: func.call @llm_quantized_matmul(%x, %{{.*}}, %{{.*}}, %{{.*}}) : (tensor<3x16xf32>, tensor<8x8xui8>, tensor<8x2xf32>, tensor<8x2xf32>) -> tensor<3x8xf32>
 // CHECK: func.call @llm_sharded_linear({{.*}}) : (tensor<3x8xf32>, tensor<8x4xf32>) -> tensor<3x4xf32>
 func.func @composites(
     %x: tensor<3x16xf32>,

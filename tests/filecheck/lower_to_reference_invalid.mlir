@@ -22,13 +22,6 @@ func.func @f(%x: tensor<7x32xf64>, %w: tensor<32xf64>) {
 }
 
 // -----
-// CHECK: func.return: expected a tensor, got !llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true>; only llm ops take such a value
-func.func @f(%x: tensor<4x8xf32>) -> !llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true> {
-  %0 = llm.quantize(%x) : (tensor<4x8xf32>) -> !llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true>
-  func.return %0 : !llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true>
-}
-
-// -----
 // CHECK: func.call: expected a tensor, got !llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true>; only llm ops take such a value
 func.func @f(%x: !llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true>) {
   func.call @g(%x) : (!llm.quantized_tensor<4x8xi8, scale=f32, symmetric=true>) -> ()

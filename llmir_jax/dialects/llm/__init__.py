@@ -17,7 +17,7 @@ from .distributed import (
     ShardedLinearOp,
 )
 from .layers import ACTIVATIONS, GatedMLPOp, LayerNormOp, LinearOp, RMSNormOp, RopeOp
-from .quantization import DequantizeOp, QuantizedMatmulOp, QuantizeOp, storage_range
+from .quantization import DequantizeOp, QuantizedGatherOp, QuantizedMatmulOp, QuantizeOp, storage_range
 from .types import (
     CompositeType,
     MixedQuantizedTensorType,
@@ -48,6 +48,7 @@ LLM = Dialect(
         PipelineSendOp,
         PipelineStageOp,
         QuantizeOp,
+        QuantizedGatherOp,
         QuantizedMatmulOp,
         RMSNormOp,
         ReduceScatterOp,
@@ -90,6 +91,7 @@ __all__ = [
     "PipelineSendOp",
     "PipelineStageOp",
     "QuantizeOp",
+    "QuantizedGatherOp",
     "QuantizedMatmulOp",
     "QuantizedTensorType",
     "RMSNormOp",

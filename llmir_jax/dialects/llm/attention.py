@@ -31,8 +31,10 @@ from .common import (
     optional_f32,
     optional_i64,
 )
+from .types import QuantizedTensorType
 
 TRUE = BoolAttr.from_bool(True)
+PAGES = TensorType | QuantizedTensorType
 
 
 def mask_properties(
@@ -145,6 +147,28 @@ class AttentionOp(LLMOp):
         check_heads(sizes["H"], sizes["Hkv"])
 
 
+def _check_pages(k_pages: SSAValue, v_pages: SSAValue) -> dict[str, int]:
+    """Check a layer's page arrays, [N, PS, Hkv, D] and [N, PS, Hkv, Dv]; returns these sizes."""
+    sizes: dict[str, int] = {}
+    for subject, pages, names in (
+        ("k_pages", k_pages, ("N", "PS", "Hkv", "D")),
+        ("v_pages", v_pages, ("N", "PS", "Hkv", "Dv")),
+    ):
+        if isinstance(pages.type, TensorType):
+            check_float(**{subject: pages})
+            sizes = check_shapes({subject: (pages, names)}, **sizes)
+            continue
+        kind = pages.type
+        assert isinstance(kind, QuantizedTensorType)
+        shape = kind.get_shape()
+        if len(shape) != 4 or kind.elements_per_group != shape[-1]:
+            fail(subject, "[N, PS, Hkv, D] with one scale for each token and head", kind)
+        for name, size in zip(names, shape, strict=True):
+            if sizes.setdefault(name, size) != size:
+                fail(subject, f"{name}={sizes[name]}", size)
+    return sizes
+
+
 @irdl_op_definition
 class WritePagesOp(LLMOp):
     """The page arrays of a layer with the keys and values of a step written to the pages that the tables name.
@@ -163,8 +187,8 @@ class WritePagesOp(LLMOp):
 
     name = "llm.write_pages"
 
-    k_pages = operand_def(TensorType)
-    v_pages = operand_def(TensorType)
+    k_pages = operand_def(PAGES)
+    v_pages = operand_def(PAGES)
     k = operand_def(TensorType)
     v = operand_def(TensorType)
     seq_ids = operand_def(TensorType)
@@ -172,8 +196,8 @@ class WritePagesOp(LLMOp):
     block_tables = operand_def(TensorType)
     num_tokens = operand_def(TensorType)
 
-    new_k_pages = result_def(TensorType)
-    new_v_pages = result_def(TensorType)
+    new_k_pages = result_def(PAGES)
+    new_v_pages = result_def(PAGES)
 
     traits = traits_def(Pure())
 
@@ -195,7 +219,7 @@ class WritePagesOp(LLMOp):
         )
 
     def check(self) -> None:
-        check_float(k_pages=self.k_pages, v_pages=self.v_pages, k=self.k, v=self.v)
+        check_float(k=self.k, v=self.v)
         check_int32(
             seq_ids=self.seq_ids,
             positions=self.positions,
@@ -204,15 +228,14 @@ class WritePagesOp(LLMOp):
         )
         check_shapes(
             {
-                "k_pages": (self.k_pages, ("N", "PS", "Hkv", "D")),
-                "v_pages": (self.v_pages, ("N", "PS", "Hkv", "Dv")),
                 "k": (self.k, ("T", "Hkv", "D")),
                 "v": (self.v, ("T", "Hkv", "Dv")),
                 "seq_ids": (self.seq_ids, ("T",)),
                 "positions": (self.positions, ("T",)),
                 "block_tables": (self.block_tables, ("S", "P")),
                 "num_tokens": (self.num_tokens, ()),
-            }
+            },
+            **_check_pages(self.k_pages, self.v_pages),
         )
         check_same_type("first result", self.new_k_pages, "k_pages", self.k_pages)
         check_same_type("second result", self.new_v_pages, "v_pages", self.v_pages)
@@ -239,8 +262,8 @@ class AttendPagesOp(LLMOp):
     OPERAND_GROUPS: ClassVar = {"slopes": ("slopes",)}
 
     q = operand_def(TensorType)
-    k_pages = operand_def(TensorType)
-    v_pages = operand_def(TensorType)
+    k_pages = operand_def(PAGES)
+    v_pages = operand_def(PAGES)
     block_tables = operand_def(TensorType)
     seq_lens = operand_def(TensorType)
     seq_ids = operand_def(TensorType)
@@ -283,7 +306,7 @@ class AttendPagesOp(LLMOp):
         )
 
     def check(self) -> None:
-        check_float(q=self.q, k_pages=self.k_pages, v_pages=self.v_pages, slopes=self.slopes, output=self.output)
+        check_float(q=self.q, slopes=self.slopes, output=self.output)
         check_int32(
             block_tables=self.block_tables,
             seq_lens=self.seq_lens,
@@ -292,11 +315,10 @@ class AttendPagesOp(LLMOp):
             num_tokens=self.num_tokens,
         )
         check_mask_properties(self.scale, self.window, self.softcap)
+        pages = _check_pages(self.k_pages, self.v_pages)
         sizes = check_shapes(
             {
                 "q": (self.q, ("T", "H", "D")),
-                "k_pages": (self.k_pages, ("N", "PS", "Hkv", "D")),
-                "v_pages": (self.v_pages, ("N", "PS", "Hkv", "Dv")),
                 "block_tables": (self.block_tables, ("S", "P")),
                 "seq_lens": (self.seq_lens, ("S",)),
                 "seq_ids": (self.seq_ids, ("T",)),
@@ -304,6 +326,7 @@ class AttendPagesOp(LLMOp):
                 "num_tokens": (self.num_tokens, ()),
                 "slopes": (self.slopes, ("H",)),
                 "output": (self.output, ("T", "H", "Dv")),
-            }
+            },
+            **pages,
         )
-        check_heads(sizes["H"], sizes["Hkv"])
+        check_heads(sizes["H"], pages["Hkv"])

@@ -293,6 +293,9 @@ class QuantizedMatmulOp(LLMOp):
     ([N, K / g] where ``transpose_w``) with a ``group_size`` of g, [N] without: weight = (w − zero_point)·scale. A
     weight of a quantized type has its own scales; its groups run along its last dimension, so ``transpose_w`` must
     hold. ``bits``, where given, repeats the width of w's integers. The sum is accumulated in float32.
+
+    With ``activation_bits = 8`` x is quantized first, each row by its own values, or each ``activation_group_size``
+    elements of it along K: s = max|x| / 127, q = round(x / s), and q·s takes the place of x.
     """
 
     name = "llm.quantized_matmul"
@@ -306,6 +309,8 @@ class QuantizedMatmulOp(LLMOp):
     bits = opt_prop_def(IntegerAttr)
     group_size = opt_prop_def(IntegerAttr)
     transpose_w = prop_def(BoolAttr, default_value=FALSE)
+    activation_bits = opt_prop_def(IntegerAttr)
+    activation_group_size = opt_prop_def(IntegerAttr)
 
     output = result_def(TensorType)
 
@@ -336,10 +341,24 @@ class QuantizedMatmulOp(LLMOp):
     def check(self) -> None:
         check_float(x=self.x, scales=self.scales, result=self.output)
         _check_bits(self.bits, _storage_width(self.w.type, "w"))
+        self._verify_activations()
         if isinstance(self.w.type, TensorType):
             self._verify_plain()
         else:
             self._verify_quantized()
+
+    def _verify_activations(self) -> None:
+        if self.activation_bits is None:
+            if self.activation_group_size is not None:
+                raise VerifyException("activation_group_size: expected activation_bits beside it, got none")
+            return
+        if int_of(self.activation_bits) != 8:
+            fail("activation_bits", "8", int_of(self.activation_bits))
+        if self.activation_group_size is None:
+            return
+        num_in, size = tensor_of(self.x, "x").get_shape()[-1], int_of(self.activation_group_size)
+        if size <= 0 or (num_in >= 0 and num_in % size):
+            fail("activation_group_size", f"a divisor of K={num_in}", size)
 
     def _verify_plain(self) -> None:
         if self.scales is None:
@@ -381,3 +400,43 @@ class QuantizedMatmulOp(LLMOp):
         if len(shape) != 2:
             fail("w", "a matrix [N, K]", format_dims(shape))
         check_shapes({"x": (self.x, ("...", shape[1])), "result": (self.output, ("...", shape[0]))})
+
+
+@irdl_op_definition
+class QuantizedGatherOp(LLMOp):
+    """Rows of a quantized matrix, dequantized: an embedding.
+
+    ```mlir
+    %x = llm.quantized_gather(%w, %ids)
+           : (!llm.quantized_tensor<49152x576xi4, scale=f16, min=f16, group_size=32>, tensor<7xi32>)
+           -> tensor<7x576xf32>
+    ```
+
+    w is [N, K], ids [...], the result [..., K]: row ids[i] of w, as its type says, in float32, converted to the
+    result's element type. Ids outside of [0, N) take the nearest row, as ``stablehlo.gather`` does.
+    """
+
+    name = "llm.quantized_gather"
+    PARENTHESIZED: ClassVar = True
+
+    w = operand_def(QuantizedTensorType | MixedQuantizedTensorType)
+    ids = operand_def(TensorType)
+
+    output = result_def(TensorType)
+
+    traits = traits_def(Pure())
+
+    def __init__(self, w: SSAValue, ids: SSAValue | Operation, *, result_type: Attribute) -> None:
+        super().__init__(operands=[w, ids], result_types=[result_type])
+
+    def check(self) -> None:
+        check_float(result=self.output)
+        w_type = self.w.type
+        assert isinstance(w_type, QuantizedTensorType | MixedQuantizedTensorType)
+        shape = w_type.get_shape()
+        if len(shape) != 2:
+            fail("w", "a matrix [N, K]", format_dims(shape))
+        ids_type = tensor_of(self.ids, "ids")
+        if not isinstance(ids_type.element_type, IntegerType):
+            fail("ids", "integer elements", ids_type.element_type)
+        check_shapes({"ids": (self.ids, ("...",)), "result": (self.output, ("...", shape[1]))})

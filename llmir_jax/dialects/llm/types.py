@@ -211,6 +211,8 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
 
     Without ``group_size`` a group is the whole last dimension: a scale per channel. In a lowered function a value of
     this type is two or three tensors: the integers, the scales [..., groups], the zero points or minima [..., groups].
+    Integers of fewer than 8 bits are packed along the last dimension, the first in the lowest bits of a byte: those of
+    ``4x1024xi4`` are ``4x512xui8``, byte i of a row holding q[2i] mod 16 + 16 · (q[2i + 1] mod 16).
     """
 
     name = "llm.quantized_tensor"
@@ -259,15 +261,34 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         """The tensors that hold such a value: integers, scales, and zero points or minima where it has them."""
         shape = self.get_shape()
         groups = (*shape[:-1], shape[-1] // self.elements_per_group)
-        storage = self.element_type if self.min_type == NONE else unsigned(self.element_type)
-        parts = [TensorType(storage, shape), TensorType(self.scale_type, groups)]
+        parts = [self._stored(), TensorType(self.scale_type, groups)]
         parts += [TensorType(offset, groups) for offset in (self.zero_point_type, self.min_type) if offset != NONE]
         return tuple(parts)
+
+    @property
+    def integer_type(self) -> IntegerType:
+        """Of the integers q: signless ones are signed, those with minima are unsigned."""
+        if self.min_type != NONE:
+            return unsigned(self.element_type)
+        assert isinstance(self.element_type, IntegerType)
+        return self.element_type
+
+    def _stored(self) -> TensorType[Attribute]:
+        """The tensor of the integers, packed into bytes."""
+        *leading, last = self.get_shape()
+        num_bits = self.integer_type.width.data
+        if num_bits == 8:
+            return TensorType(self.integer_type, (*leading, last))
+        return TensorType(IntegerType(8, Signedness.UNSIGNED), (*leading, last * num_bits // 8))
 
     def verify(self) -> None:
         shape = self.get_shape()
         _check_quantized_shape(self.name, shape)
         _check_storage(self.name, self.element_type)
+        assert isinstance(self.element_type, IntegerType)
+        a_byte = 8 // self.element_type.width.data
+        if shape[-1] % a_byte:
+            fail(f"!{self.name}: last dimension", f"a multiple of {a_byte}, which share a byte", shape[-1])
         _check_float_type(f"!{self.name}: scale", self.scale_type)
         if self.zero_point_type != NONE and self.min_type != NONE:
             raise VerifyException(f"!{self.name}: expected one of zp and min, got both")

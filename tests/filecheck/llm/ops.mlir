@@ -114,6 +114,13 @@ func.func @quantization(%x: tensor<4x256xf16>, %w: tensor<256x64xi4>, %s: tensor
   // CHECK: llm.quantized_matmul(%x, %{{.*}}) {transpose_w = true} : (tensor<4x256xf16>, !llm.mixed_quantized_tensor<{{.*}}>) -> tensor<4x4xf32>
   %7 = llm.quantized_matmul(%x, %3) {transpose_w = true}
     : (tensor<4x256xf16>, !llm.mixed_quantized_tensor<4x256x!llm.mixed<i8,i4>, scale=f32>) -> tensor<4x4xf32>
+  // CHECK: llm.quantized_matmul(%x, %{{.*}}) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32} : (
+  %8 = llm.quantized_matmul(%x, %2) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32}
+    : (tensor<4x256xf16>, !llm.quantized_tensor<4x256xi4, scale=f32, symmetric=true, group_size=32>) -> tensor<4x4xf32>
+  // CHECK: llm.quantized_gather(%{{.*}}, %ids) : (!llm.quantized_tensor<{{.*}}>, tensor<2x3xi32>) -> tensor<2x3x256xf16>
+  %ids = stablehlo.constant dense<1> : tensor<2x3xi32>
+  %9 = llm.quantized_gather(%2, %ids)
+    : (!llm.quantized_tensor<4x256xi4, scale=f32, symmetric=true, group_size=32>, tensor<2x3xi32>) -> tensor<2x3x256xf16>
   func.return
 }
 

@@ -183,7 +183,7 @@ func.func @f(%kp: tensor<32x4x2x16xbf16>, %q: tensor<7x8x16xf32>, %i: tensor<7xi
 }
 
 // -----
-// CHECK: llm.attend_pages: k_pages: expected shape [N, PS, Hkv, D=24], got 32x4x2x16
+// CHECK: llm.attend_pages: q: expected shape [T, H, D=16], got 7x8x24
 func.func @f(%kp: tensor<32x4x2x16xbf16>, %q: tensor<7x8x24xf32>, %i: tensor<7xi32>, %t: tensor<4x8xi32>, %l: tensor<4xi32>, %n: tensor<i32>) {
   %0 = llm.attend_pages %q, %kp, %kp, %t, %l, %i, %i, %n {scale = 0.125 : f32}
     : (tensor<7x8x24xf32>, tensor<32x4x2x16xbf16>, tensor<32x4x2x16xbf16>, tensor<4x8xi32>, tensor<4xi32>,
@@ -844,5 +844,50 @@ func.func @f(%x: tensor<16x1024xf16>) {
 // CHECK: llm.cost_annotation: memory_bytes: expected an integer, got true
 func.func @f(%x: tensor<16x1024xf16>) {
   llm.cost_annotation(%x) {memory_bytes = true} : (tensor<16x1024xf16>) -> ()
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_matmul: activation_group_size: expected a divisor of K=64, got 24
+func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) {
+  %0 = llm.quantized_matmul(%x, %w) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 24 : i32}
+    : (tensor<4x64xf32>, !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) -> tensor<4x8xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_matmul: activation_bits: expected 8, got 4
+func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) {
+  %0 = llm.quantized_matmul(%x, %w) {transpose_w = true, activation_bits = 4 : i32}
+    : (tensor<4x64xf32>, !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) -> tensor<4x8xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_gather: ids: expected integer elements, got f32
+func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids: tensor<3xf32>) {
+  %0 = llm.quantized_gather(%w, %ids)
+    : (!llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<3xf32>) -> tensor<3x64xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_gather: result: expected shape [..., 64], got 3x32
+func.func @f(%w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %ids: tensor<3xi32>) {
+  %0 = llm.quantized_gather(%w, %ids)
+    : (!llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<3xi32>) -> tensor<3x32xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.write_pages: k_pages: expected [N, PS, Hkv, D] with one scale for each token and head, got !llm.quantized_tensor<
+func.func @f(%kp: !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>, %k: tensor<7x2x16xf32>,
+    %i: tensor<7xi32>, %t: tensor<4x8xi32>, %n: tensor<i32>) {
+  %0, %1 = llm.write_pages %kp, %kp, %k, %k, %i, %i, %t, %n
+    : (!llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>,
+    !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>, tensor<7x2x16xf32>, tensor<7x2x16xf32>,
+    tensor<7xi32>, tensor<7xi32>, tensor<4x8xi32>, tensor<i32>)
+    -> (!llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>,
+    !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true, group_size=8>)
   func.return
 }

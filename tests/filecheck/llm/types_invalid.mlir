@@ -86,3 +86,9 @@ func.func private @f(!llm.sharded_tensor<tensor<4096x4096xf16>, 1, 3, 2>)
 // -----
 // CHECK: !llm.sharded_tensor: shard: expected between 0 and 3, got 4
 func.func private @f(!llm.sharded_tensor<tensor<4096x4096xf16>, 1, 4, 4>)
+
+// -----
+// CHECK: !llm.quantized_tensor: last dimension: expected a multiple of 2, which share a byte, got 7
+func.func @f(%w: !llm.quantized_tensor<8x7xi4, scale=f32, symmetric=true>) {
+  func.return
+}

@@ -1,0 +1,66 @@
+"""Keys and values are kept as integers, with a scale for each token and head; those of 4 bits with a minimum too.
+
+    %k_pages : tensor<512x16x3x64xf32>
+      →  bits=8
+    %k_pages : !llm.quantized_tensor<512x16x3x64xi8, scale=f16, symmetric=true>
+
+Runs after ``kv-cache-allocation``: ``llm.write_pages`` then rounds, and ``llm.attend_pages`` reads back. Pages that
+anything else reads, as what ``llm.lookup_kv`` became does, are refused.
+"""
+
+from dataclasses import dataclass
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import IntegerType, ModuleOp, TensorType, f16
+from xdsl.dialects.func import ReturnOp
+from xdsl.ir import SSAValue
+from xdsl.passes import ModulePass
+
+from llmir_jax.analysis.align import main_function
+from llmir_jax.dialects import llm
+from llmir_jax.errors import InvalidIRError, LlmirError
+from llmir_jax.interop import op_name
+from llmir_jax.transforms import signature
+
+
+def _quantize(pages: SSAValue, bits: int) -> None:
+    """Change the type of page arrays, and of the arrays that follow from them by writing."""
+    kind = pages.type
+    assert isinstance(kind, TensorType)
+    head_dim = kind.get_shape()[-1]
+    if head_dim * bits % 8:
+        raise LlmirError(
+            f"kv_cache='int{bits}' packs two numbers into a byte, but keys or values have an odd number, {head_dim}, a "
+            "head: use 'int8'"
+        )
+    # With few levels none may be wasted: keys of a head are far from symmetric.
+    minimum = f16 if bits == 4 else None
+    signature.retype(pages, llm.QuantizedTensorType(kind.get_shape(), IntegerType(bits), f16, min_type=minimum))
+    for use in pages.uses:
+        op = use.operation
+        if isinstance(op, llm.WritePagesOp):
+            _quantize(op.results[use.index], bits)
+        elif not isinstance(op, llm.AttendPagesOp | ReturnOp):
+            raise InvalidIRError(f"kv-cache-quantization: {op_name(op)} reads pages; only llm ops read quantized ones")
+
+
+@dataclass(frozen=True)
+class KVCacheQuantizationPass(ModulePass):
+    """Pages of integers of `bits`, 8 or 4."""
+
+    name = "kv-cache-quantization"
+
+    bits: int = 8
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        if self.bits not in (4, 8):
+            raise InvalidIRError(f"kv-cache-quantization: bits must be 4 or 8, got {self.bits}")
+        main = main_function(op)
+        for role in ("k_pages", "v_pages"):
+            for pages in signature.arguments(main, role):
+                if isinstance(pages.type, TensorType):
+                    _quantize(pages, self.bits)
+        signature.sync(main)
+
+
+__all__ = ["KVCacheQuantizationPass"]

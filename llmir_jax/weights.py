@@ -1,0 +1,240 @@
+"""What fills the parameter arguments of a step: arrays of a model, or tensors of a checkpoint, one at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol, overload
+
+import jax
+import jax.numpy as jnp
+from xdsl.dialects.builtin import ModuleOp
+
+from llmir_jax.analysis.align import main_function
+from llmir_jax.analysis.stored_matrix import StoredMatrix
+from llmir_jax.dialects import llm
+from llmir_jax.quantization import Plan, QuantizedArray, Scheme, quantize
+from llmir_jax.trace import Parameter
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.weight_quantization import stored_matrices
+
+
+class WeightSource(Protocol):
+    """Where the values of a model's parameters come from, by path."""
+
+    @property
+    def matrices(self) -> Mapping[str, tuple[int, int]]:
+        """(outputs, inputs) of those that `read_quantized` reads: kernels [K, N], and tables [N, K]."""
+
+    @property
+    def stored(self) -> Mapping[str, Scheme]:
+        """The formats of those that are quantized already."""
+
+    def read(self, path: str) -> jax.Array:
+        """The parameter as floats."""
+
+    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
+        """The parameter as a matrix [N, K] in a scheme."""
+
+
+class ModelWeights:
+    """The arrays of a model that is in memory."""
+
+    matrices: Mapping[str, tuple[int, int]] = {}
+    stored: Mapping[str, Scheme] = {}
+
+    def __init__(self, paths: Sequence[str], arrays: Sequence[jax.Array]) -> None:
+        self._arrays = dict(zip(paths, arrays, strict=True))
+
+    def read(self, path: str) -> jax.Array:
+        """The parameter as it is."""
+        return jnp.asarray(self._arrays[path])
+
+    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
+        """Never asked for: it has no `matrices`."""
+        raise KeyError(path)
+
+
+class LazyArrays(Sequence[jax.Array]):
+    """The parameters in an order, each read when it is asked for."""
+
+    def __init__(self, source: WeightSource, paths: Sequence[str]) -> None:
+        self._source, self._paths = source, paths
+
+    @overload
+    def __getitem__(self, index: int) -> jax.Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[jax.Array]: ...
+    def __getitem__(self, index: int | slice) -> jax.Array | Sequence[jax.Array]:
+        if isinstance(index, slice):
+            return LazyArrays(self._source, self._paths[index])
+        return self._source.read(self._paths[index])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows [start, stop) of a quantized argument: a matrix of a parameter."""
+
+    path: str
+    matrix: StoredMatrix
+    start: int
+    stop: int
+
+    def of(self, value: QuantizedArray) -> QuantizedArray:
+        """These rows of the argument's value. Traceable."""
+        if (self.start, self.stop) == (0, value.shape[0]):
+            return value
+        rows: QuantizedArray = jax.tree.map(lambda part: part[self.start : self.stop], value)
+        return replace(rows, shape=(self.stop - self.start, value.shape[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """The value of one parameter argument of a step."""
+
+    path: str
+    value: jax.Array | QuantizedArray
+    pieces: tuple[Piece, ...] = ()
+    """What a quantized value is made of."""
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
+        if not isinstance(self.value, QuantizedArray):
+            yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
+            return
+        for piece in self.pieces:
+            yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
+
+
+def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weight]:
+    """A value for each parameter argument of @main, in order.
+
+    Raises LlmirError, which names the parameter, for weights that cannot be quantized.
+    """
+    main = main_function(module)
+    attributes = signature.argument_attributes(main)
+    floats = _LastRead(source)
+    weights: list[Weight] = []
+    for arg, path in signature.parameter_paths(main):
+        if not isinstance(arg.type, llm.QuantizedTensorType):
+            weights.append(Weight(path=path, value=source.read(path)))
+            continue
+        assert plan is not None
+        pieces: list[Piece] = []
+        values = []
+        for part, matrix in stored_matrices(attributes[arg.index]):
+            start = pieces[-1].stop if pieces else 0
+            pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
+            scheme = plan.schemes[part].fitted(matrix.shape, name=part)
+            if _is_whole(part, matrix, source):
+                values.append(source.read_quantized(part, scheme))
+            else:
+                values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
+        weights.append(Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces)))
+    return weights
+
+
+class _LastRead:
+    """Keeps the parameter that was read last: slices of one come one after the other."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._last: tuple[str, jax.Array] | None = None
+
+    def read(self, path: str) -> jax.Array:
+        if self._last is None or self._last[0] != path:
+            self._last = None  # before the next one is in memory
+            self._last = path, self._source.read(path)
+        return self._last[1]
+
+
+def _rows_of_all(values: Sequence[QuantizedArray]) -> QuantizedArray:
+    """One matrix of the rows of several of the same format."""
+    if len(values) == 1:
+        return values[0]
+
+    def joined(parts: Iterator[jax.Array | None]) -> jax.Array | None:
+        # One scale for a whole matrix becomes one a row.
+        found = [
+            jnp.broadcast_to(part, (value.shape[0], *part.shape[1:]))
+            for part, value in zip(parts, values, strict=True)
+            if part is not None
+        ]
+        return jnp.concatenate(found) if found else None
+
+    scales = joined(value.scales for value in values)
+    assert scales is not None
+    return replace(
+        values[0],
+        values=jnp.concatenate([value.values for value in values]),
+        scales=scales,
+        zero_points=joined(value.zero_points for value in values),
+        minima=joined(value.minima for value in values),
+        shape=(sum(value.shape[0] for value in values), values[0].shape[1]),
+    )
+
+
+def _is_whole(path: str, matrix: StoredMatrix, source: WeightSource) -> bool:
+    """Whether the step reads the parameter as the matrix that the source has."""
+    if source.matrices.get(path) != matrix.shape:
+        return False
+    n, k = matrix.shape
+    # `ParameterSource` has the same rule of names.
+    return matrix.is_kernel((k, n)) if path.rpartition(".")[2] == "kernel" else matrix.is_table((n, k))
+
+
+def unread(parameters: Sequence[Parameter], weights: Sequence[Weight], source: WeightSource) -> dict[str, jax.Array]:
+    """Parameters that the step does not read, but the forward may: a mask that it has stored, say."""
+    known = {piece.path for weight in weights for piece in weight.pieces} | {weight.path for weight in weights}
+    return {p.path: source.read(p.path) for p in parameters if p.path not in known}
+
+
+def dense(
+    parameters: Sequence[Parameter], weights: Sequence[Weight], values: Sequence[Any], others: Mapping[str, jax.Array]
+) -> list[jax.Array]:
+    """The forward's parameters as floats, of the `values` that the weights have and of what `unread` gives.
+
+    Traceable: inside jit, no more of them are in memory than are in use.
+    """
+    found: dict[str, jax.Array] = dict(others)
+    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray]]] = {}
+    for weight, value in zip(weights, values, strict=True):
+        if not weight.pieces:
+            found[weight.path] = value
+        for piece in weight.pieces:
+            quantized.setdefault(piece.path, []).append((piece.matrix, piece.of(value)))
+    return [
+        _assembled(parameter, quantized[parameter.path]) if parameter.path in quantized else found[parameter.path]
+        for parameter in parameters
+    ]
+
+
+def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray]]) -> jax.Array:
+    """A parameter put together from the matrices that lie in it; zeros where there is none."""
+    pairs = sorted(parts, key=lambda pair: pair[0].offset)
+    size = prod(parameter.shape)
+    if all(matrix.span is not None for matrix, _ in pairs):
+        return jnp.concatenate(list(_runs(pairs, size, parameter.dtype))).reshape(parameter.shape)
+    whole = jnp.zeros(size, parameter.dtype)
+    for matrix, value in pairs:
+        whole = whole.at[matrix.places()].set(value.dequantize(parameter.dtype))
+    return whole.reshape(parameter.shape)
+
+
+def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype: Any) -> Iterator[jax.Array]:
+    """The parameter's memory, run by run."""
+    at = 0
+    for matrix, value in pairs:
+        assert matrix.span is not None
+        begin, length = matrix.span
+        if begin > at:
+            yield jnp.zeros(begin - at, dtype)
+        yield matrix.in_memory_order(value.dequantize(dtype))
+        at = begin + length
+    if at < size:
+        yield jnp.zeros(size - at, dtype)
+
+
+__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "fill", "unread"]

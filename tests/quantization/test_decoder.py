@@ -1,0 +1,323 @@
+"""Decoders with quantized weights, activations and caches: what they compute, what they keep, what they refuse."""
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import DERIVABLE
+from zoo.registry import Built, Derivable
+
+import llmir_jax as llmir
+from llmir_jax.decoder import Decoder
+from llmir_jax.errors import LlmirError
+from llmir_jax.quantization import QuantizedArray, parse_scheme, quantize
+from llmir_jax.runtime.sampling import SamplingParams
+
+VOCAB, WIDTH, HIDDEN, HEADS, HEAD_DIM, LAYERS = 80, 64, 192, 4, 16, 2
+LONGEST = 40  # tokens
+
+
+def make_params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), dtype)
+
+    return {
+        "embed": jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), dtype),
+        "positions": jnp.asarray(rng.normal(size=(128, WIDTH)) / 4, dtype),
+        "layers": {
+            "qkv": draw(LAYERS, 3, WIDTH, HEADS * HEAD_DIM),
+            "out": jnp.asarray(rng.normal(size=(LAYERS, HEADS, HEAD_DIM, WIDTH)) / 8, dtype),
+            "up": draw(LAYERS, WIDTH, HIDDEN),
+            "bias": jnp.asarray(rng.normal(size=(LAYERS, HIDDEN)) / 4, dtype),
+            "down": draw(LAYERS, HIDDEN, WIDTH),
+        },
+    }
+
+
+def forward(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    """A stack of layers run by lax.scan, tied embeddings, a learned table of positions."""
+    length = tokens.shape[1]
+    x = params["embed"][tokens] + params["positions"][:length]
+    visible = jnp.tril(jnp.ones((length, length), bool))
+
+    def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        q, k, v = ((x @ w["qkv"][i]).reshape(*x.shape[:2], HEADS, HEAD_DIM) for i in range(3))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * HEAD_DIM**-0.5
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        x = x + jnp.einsum("bhqk,bkhd,hdc->bqc", weights, v, w["out"])
+        return x + jnp.tanh(x @ w["up"] + w["bias"]) @ w["down"], None
+
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return x @ params["embed"].T
+
+
+def build(params: Any, quantize: Any = None, **options: Any) -> Decoder:
+    options = {"max_seqs": 2, "page_size": 4, "num_pages": 20, "max_seq_len": LONGEST, "buckets": (8,)} | options
+    return llmir.jit(forward, quantize=quantize).decoder(params, **options)
+
+
+def rounded(params: dict[str, Any], scheme: str) -> dict[str, Any]:
+    """The parameters with their matrices quantized as (outputs, inputs), and back."""
+
+    def matrix(x: jax.Array) -> jax.Array:
+        return quantize(np.asarray(x), parse_scheme(scheme)).dequantize()
+
+    layers = dict(params["layers"])
+    for name in ("up", "down"):
+        layers[name] = jnp.stack([matrix(w.T).T for w in layers[name]])
+    layers["qkv"] = jnp.stack([jnp.stack([matrix(w.T).T for w in three]) for three in layers["qkv"]])
+    layers["out"] = jnp.stack([matrix(w.reshape(-1, WIDTH).T).T.reshape(w.shape) for w in layers["out"]])
+    return {**params, "embed": matrix(params["embed"]), "layers": layers}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-channel", "int8-tensor", "int4", "int4-g32-zp", "int4-channel-bf16"])
+def test_weights(scheme: str) -> None:
+    """The decoder computes what the forward computes of the rounded weights; each matrix has its own argument."""
+    params = make_params()
+    decoder = build(params, scheme)  # checks itself too
+    expected = rounded(params, scheme)
+    sequence = np.random.default_rng(1).integers(0, VOCAB, 21)
+    (logits,) = decoder.logits([sequence])
+    np.testing.assert_allclose(logits, forward(expected, jnp.asarray(sequence)[None])[0], rtol=0, atol=2e-3)
+
+    report = decoder.report()
+    name = "int8-channel-f16" if scheme == "int8" else parse_scheme(scheme).name  # groups of 64 of 64
+    assert report.parameters["embed"] == f"{name}[{VOCAB}, {WIDTH}]"
+    assert report.parameters["layers.up"] == f"{name}[{HIDDEN}, {WIDTH}] x {LAYERS}"
+    if scheme != "int8-tensor":  # several in one argument have a scale a row
+        assert report.parameters["layers.qkv"] == f"{name}[{WIDTH}, {WIDTH}] x {3 * LAYERS}"
+    assert report.parameters["layers.bias"] == f"float32[{LAYERS}, {HIDDEN}]"
+    assert report.not_quantized["positions"] == "a table that is not looked up by token"
+    assert "layers.bias" in report.not_quantized and "embed" not in report.not_quantized
+    assert "not quantized, a table that is not looked up by token: positions" in str(report)
+    assert report.parameter_bytes == sum(x.nbytes for x in jax.tree.leaves(decoder._step.params))
+    in_floats = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert report.parameter_bytes < in_floats * (0.34 if "int8" in scheme else 0.24)
+
+
+def test_rules() -> None:
+    decoder = build(make_params(), {"embed": None, "layers/up": "int4-g32", "layers/.*": "int8-channel"}, verify=False)
+    kinds = {path: text.split("[")[0] for path, text in decoder.report().parameters.items()}
+    assert kinds == {
+        "embed": "float32",
+        "positions": "float32",
+        "layers.qkv": "int8-channel-f32",
+        "layers.out": "int8-channel-f32",
+        "layers.up": "int4-g32-f16",
+        "layers.bias": "float32",
+        "layers.down": "int8-channel-f32",
+    }
+    assert decoder.report().not_quantized["embed"] == "a rule keeps it"
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "int8-channel-a8"])
+def test_activations(scheme: str) -> None:
+    """Close to the decoder without rounded activations, but not equal to it."""
+    sequence = np.random.default_rng(2).integers(0, VOCAB, 21)
+    decoder = build(make_params(), scheme)
+    same_weights = "int8-g32" if scheme == "w8a8" else "int4" if scheme == "w4a8" else "int8-channel"
+    (exact,) = build(make_params(), same_weights, verify=False).logits([sequence])
+    (logits,) = decoder.logits([sequence])
+    error = np.abs(logits - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.1
+    assert "activation_bits = 8" in decoder.ir("llm")
+
+
+@pytest.mark.parametrize(("kv_cache", "tolerance"), [("int8", 0.03), ("int4", 0.4)])
+def test_cache(kv_cache: str, tolerance: float) -> None:
+    sequence = np.random.default_rng(3).integers(0, VOCAB, 30)
+    params = make_params()
+    decoder = build(params, kv_cache=kv_cache)
+    expected = np.asarray(forward(params, jnp.asarray(sequence)[None])[0])
+    (logits,) = decoder.logits([sequence])
+    error = np.abs(logits - expected).max() / np.abs(expected).max()
+    assert 1e-4 < error < tolerance
+    # the arrays really have that many bits
+    integers, *side = decoder._step.init_cache()[0][0][0]
+    bits = int(kv_cache.removeprefix("int"))
+    assert integers.nbytes == 20 * 4 * HEADS * HEAD_DIM * bits // 8
+    assert [x.nbytes for x in side] == [20 * 4 * HEADS * 2] * (1 if bits == 8 else 2)
+    report = decoder.report()
+    assert report.cache_bytes == 2 * LAYERS * sum(x.nbytes for x in (integers, *side))
+    what = "scale" if bits == 8 else "scale and minimum"
+    assert report.attention[0].cache_dtype == f"{kv_cache}, a float16 {what} for each token and head"
+    # pages are shared and copied like any others
+    prompts = [sequence[:20].tolist(), sequence[:20].tolist()]
+    outs = decoder.generate(prompts, SamplingParams(max_tokens=6))
+    assert outs[0] == outs[1]
+    assert decoder.generate(prompts[:1], SamplingParams(max_tokens=6)) == outs[:1]
+
+
+def compiled_step(decoder: Decoder) -> str:
+    step = decoder._step
+    packing = decoder.engine._runner._step_packings[step.buckets[0]]
+    packed, _ = packing.allocate()
+    jitted = decoder.engine._runner._steps[step.buckets[0]]
+    text: str = jitted.lower(step.params, step.init_cache(), packed).compile().as_text()
+    return text
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "w8a8"])
+def test_no_float_copy_of_a_weight(scheme: str, rows: int) -> None:
+    """No value of the compiled program, outside of fusions, has as many floats as a weight, and its shape."""
+    params = make_params()
+    decoder = build(params, scheme, max_seqs=rows, buckets=(rows,), num_pages=10 * rows, verify=False)
+    text = compiled_step(decoder)
+    weights = [x for x in decoder._step.params if isinstance(x, QuantizedArray)]
+    assert len(weights) == 1 + 4 * LAYERS  # queries, keys and values are one
+    shapes = {f"{n},{k}" for x in weights for n, k in (x.shape, x.shape[::-1])}
+    shapes |= {f"{n},{k // g},{g}" for x in weights for (n, k), g in ((x.shape, x.group_size),)}
+    found = []
+    for computation in re.split(r"\n\n", text):
+        if re.match(r"\s*%?fused_computation|\s*%?wrapped", computation):
+            continue
+        for line in computation.splitlines():
+            value = re.match(r"\s*(?:ROOT )?\S+ = (?:f32|f16|bf16)\[([\d,]+)\]", line)
+            if value and value[1] in shapes:
+                found.append(line.strip())
+    assert found == []
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("kv_cache", ["int8", "int4"])
+def test_no_copy_of_the_cache(kv_cache: str, rows: int) -> None:
+    decoder = build(
+        make_params(), kv_cache=kv_cache, max_seqs=1, buckets=(rows,), num_pages=37, page_size=4, verify=False
+    )
+    text = compiled_step(decoder)
+    arrays = jax.tree.leaves(decoder._step.init_cache())
+    shapes = {",".join(map(str, a.shape)) for a in arrays}
+    shapes |= {",".join(map(str, (a.shape[0] * a.shape[1], *a.shape[2:]))) for a in arrays}
+    copies = [
+        line.strip()
+        for line in text.splitlines()
+        if (found := re.search(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", line)) and found[1] in shapes
+    ]
+    assert copies == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_models_in_half_precision(dtype: Any) -> None:
+    decoder = build(make_params(dtype), "int8", kv_cache="int8")
+    assert "passed" in decoder.report().self_check
+
+
+def test_a_parameter_that_is_read_in_two_ways_stays() -> None:
+    def both(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        x = params["embed"][tokens]
+        return (x @ params["square"] + x @ params["square"].T + params["square"][0]) @ params["head"]
+
+    rng = np.random.default_rng(5)
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for name, shape in (("embed", (32, 16)), ("square", (16, 16)), ("head", (16, 32)))
+    }
+    decoder = llmir.jit(both, quantize="int8").decoder(params, num_pages=8, page_size=4, max_seqs=1, buckets=(4,))
+    report = decoder.report()
+    assert report.parameters["square"] == "float32[16, 16]"
+    assert "square" in report.not_quantized
+    with pytest.raises(LlmirError, match="rule 'square' matches only parameters that cannot be quantized"):
+        llmir.jit(both, quantize={"square": "int8"}).decoder(params, num_pages=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int3"}, "unknown scheme 'int3'"),
+        ({"quantize": {"layers/.*": "int8", "lm_head": "int8"}}, "rule 'lm_head' matches no parameter"),
+        ({"quantize": {}}, "no rules in it"),
+        ({"quantize": {"layers/up": "int4-g48"}}, r"layers\.up: group_size 48 does not divide its 64 inputs"),
+        ({"quantize": {"layers/bias": "int8"}}, "matches only parameters that cannot be quantized"),
+        ({"kv_cache": "int2"}, "kv_cache must be one of int8, int4, or None, got 'int2'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LlmirError, match=message):
+        build(make_params(), **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(value: float) -> None:
+    params = make_params()
+    params["layers"]["up"] = params["layers"]["up"].at[1, 3, 5].set(value)
+    with pytest.raises(LlmirError, match=r"layers\.up: (nan|inf) in row 5, column 3 .*cannot be quantized"):
+        build(params, "int8")
+
+
+def test_odd_number_of_inputs() -> None:
+    def odd(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        return jnp.tanh(params["embed"][tokens]) @ params["head"]
+
+    params = {"embed": jnp.ones((32, 15)), "head": jnp.ones((15, 32))}
+    with pytest.raises(LlmirError, match=r"embed: int4 packs two inputs into a byte, .* got 15"):
+        llmir.jit(odd, quantize="int4").decoder(params, num_pages=8)
+    with pytest.raises(LlmirError, match="kv_cache='int4' packs two numbers into a byte"):
+        _odd_heads("int4")
+    assert "passed" in _odd_heads("int8").report().self_check
+
+
+def _odd_heads(kv_cache: str) -> Decoder:
+    def attend(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        x = params["embed"][tokens]
+        scores = jnp.where(jnp.tril(jnp.ones((x.shape[1],) * 2, bool)), x @ x.swapaxes(1, 2), -jnp.inf)
+        return jax.nn.softmax(scores, -1) @ x @ params["embed"].T
+
+    params = {"embed": jnp.asarray(np.random.default_rng(6).normal(size=(32, 5)), jnp.float32)}
+    return llmir.jit(attend).decoder(params, num_pages=16, page_size=4, max_seqs=1, kv_cache=kv_cache, buckets=(4,))
+
+
+# The zoo --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """XLA with most optimisations off: many small programs are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def zoo_decoder(built: Built, **options: Any) -> Decoder:
+    return llmir.jit(built.forward).decoder(
+        built.model, num_pages=40, page_size=4, max_seqs=2, max_seq_len=40, buckets=(8,), verify=False, **options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("entry", DERIVABLE[::4], ids=lambda entry: entry.name)
+def test_zoo_in_int8(entry: Derivable) -> None:
+    """Every fourth model under "int8": the self-check passes, against the forward of the same rounded weights."""
+    seed = zlib.crc32(entry.name.encode()) % 10_000
+    built = entry.build(seed)
+    decoder = zoo_decoder(built, quantize="int8")
+    assert "int8" in str(decoder.report().parameters.values()), decoder.report().not_quantized
+    check = decoder._self_check(seed)
+    assert check.error <= check.tolerance
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_restored(data_path: Path, tmp_path: Path) -> None:
+    """A quantized model that is saved and loaded again gives the same tokens, and never has its weights as floats."""
+    options: dict[str, Any] = {"num_pages": 16, "page_size": 4, "max_seqs": 1, "max_seq_len": 40, "buckets": (8,)}
+    loaded = llmir.load(data_path / "checkpoints" / "llama")
+    loaded.quantize("int8").save(tmp_path / "int8")
+    restored = llmir.load(tmp_path / "int8")
+    prompt = np.random.default_rng(7).integers(0, 20, 9).tolist()
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    first = loaded.decoder(quantize="int8", **options)
+    second = restored.decoder(**options)
+    assert first.generate([prompt], params) == second.generate([prompt], params)
+    assert first.report().parameters == second.report().parameters
+    assert "model" not in vars(loaded) and "model" not in vars(restored)
