@@ -1,6 +1,6 @@
 """Plain rounding of a matrix of floats, in numpy: on the host, a few rows at a time, before anything is compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,17 @@ from llmir_jax.quantization.scheme import Scheme
 _CHUNK_ELEMENTS = 1 << 18  # of a matrix that are in work at once: temporaries stay small, and in the cache
 _LARGEST = 2.0**126  # the difference of two numbers of this size is still a float32
 _ROUNDING = 2.0**-20  # relative: within it a scale is taken for the nearest number of its dtype, not for the next one
+
+
+MatrixKey = tuple[str, int]
+"""A matrix in a parameter: the parameter's path, and where in its memory the matrix begins, in elements."""
+Rounding = Callable[[ArrayLike, Scheme, MatrixKey, DTypeLike | None], QuantizedArray]
+"""Quantizes the matrix [N, K] of floats that the key names to a scheme, standing for floats of the dtype."""
+
+
+def plain_rounding(array: ArrayLike, scheme: Scheme, key: MatrixKey, dtype: DTypeLike | None) -> QuantizedArray:
+    """`quantize`, as a `Rounding`."""
+    return quantize(array, scheme, name=key[0], dtype=dtype)
 
 
 def quantize(

@@ -12,13 +12,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from llmir_jax.errors import LlmirError
+from llmir_jax.quantization.rounding import MatrixKey
 from llmir_jax.quantization.scheme import FORMS, Scheme, parse_scheme
 
 Quantize = str | Scheme | Mapping[str, str | Scheme | None] | None
 """What the option `quantize` takes."""
 STORED = "stored"
 """As `quantize`: what the checkpoint has quantized stays as it is there, all else stays floats."""
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Plan:
     """Of the parameters that are quantized, fitted to their shapes."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Of the others: why they stay floats, for the report."""
+    activation_scales: Mapping[MatrixKey, np.ndarray] = field(default_factory=dict)
+    """Static scales, float32 [G] each, of what is multiplied with the matrices whose scheme has such."""
 
     def get(self, path: str) -> Scheme | None:
         """The scheme of a parameter; None if it stays floats."""
@@ -133,6 +139,7 @@ def _for_matrix(scheme: Scheme, shape: tuple[int, int], path: str, stored: Schem
         stored,
         activations=scheme.activations,
         activation_group_size=scheme.activation_group_size,
+        static_activations=scheme.static_activations,
         adapts=scheme.adapts,
     )
     return replace(kept.fitted(shape, name=path), keeps_blocks=False)

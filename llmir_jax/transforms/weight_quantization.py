@@ -76,6 +76,8 @@ class WeightUse:
     op: Operation
     matrix: StoredMatrix
     build: Build
+    inputs: Callable[[OpBuilder], SSAValue] | None = None
+    """Emits what the matrix is multiplied with, [..., K]; None where rows of it are looked up."""
 
     def replace(self, weight: SSAValue) -> None:
         """Read the quantized `weight` instead."""
@@ -144,6 +146,7 @@ def _linear(op: llm.LinearOp, value: SSAValue, parameter: BlockArgument) -> Weig
         op=op,
         matrix=StoredMatrix(offset=view.offset, rows=view.axes([rows]), columns=view.axes([columns])),
         build=build,
+        inputs=lambda builder: op.x,
     )
 
 
@@ -185,7 +188,7 @@ def _dot(op: stablehlo.DotGeneralOp, value: SSAValue, parameter: BlockArgument) 
             product = builder.transpose(product, [len(leading), *range(len(leading))])
         return builder.reshape(product, result.get_shape())
 
-    return WeightUse(op=op, matrix=matrix, build=build)
+    return WeightUse(op=op, matrix=matrix, build=build, inputs=inputs)
 
 
 def _gather(op: stablehlo.GatherOp, value: SSAValue, parameter: BlockArgument, tokens: SSAValue) -> WeightUse | str:
