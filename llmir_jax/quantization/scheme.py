@@ -107,6 +107,16 @@ class Scheme:
         return (-high if self.kind == "symmetric" else -high - 1), high
 
     @property
+    def storage_range(self) -> tuple[int, int]:
+        """The least and the greatest integer that a search for scales may use.
+
+        Symmetric int4 has -8 too, for one level in sixteen; int8 has not, for one in 256, since kernels multiply
+        -127 to 127 without a thought.
+        """
+        low, high = self.integer_range
+        return (-8, high) if self.kind == "symmetric" and self.bits == 4 else (low, high)
+
+    @property
     def weight_format(self) -> "Scheme":
         """The part that says how the weight is stored."""
         return replace(
@@ -122,6 +132,17 @@ class Scheme:
         """How a matrix [N, K] is stored, to compare: equal for a group of K and a whole row."""
         group_size = self.group_size or shape[1]
         return self.bits, group_size, self.kind, self.scale_dtype, self.per_tensor and shape[0] > 1
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix [N, K] that is stored so: its integers, scales, and zero points or minima.
+
+        Of a scheme that was `fitted` to the shape.
+        """
+        n, k = shape
+        num_groups = 1 if self.per_tensor else n * (k // (self.group_size or k))
+        scale: int = self.dtype.itemsize
+        side = {"symmetric": 0, "zero_point": 1, "minimum": scale}[self.kind]
+        return n * k * self.bits // 8 + num_groups * (scale + side)
 
     def fitted(self, shape: tuple[int, ...], *, name: str) -> "Scheme":
         """This scheme for the matrix `name` of shape [N, K], with the sizes of groups it gets.
