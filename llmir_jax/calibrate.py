@@ -18,7 +18,6 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from llmir_jax.analysis.align import main_function
-from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.derive import TraceAt, prepare
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
@@ -40,6 +39,7 @@ from llmir_jax.quantization import (
     plain_rounding,
     quantize_calibrated,
 )
+from llmir_jax.transforms import signature
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 from llmir_jax.transforms.quantization_calibration import Observation, observe_inputs
 from llmir_jax.transforms.raise_linear import RaiseLinearPass
@@ -58,11 +58,9 @@ class Calibrated:
     statistics: Mapping[MatrixKey, InputStatistics]
 
     def round(self, array: ArrayLike, scheme: Scheme, key: MatrixKey, dtype: DTypeLike | None) -> QuantizedArray:
-        """A matrix [N, K] of floats in a scheme: a `Rounding`. Those whose rows are looked up only, plainly."""
-        if key not in self.statistics:
-            return plain_rounding(array, scheme, key, dtype)
+        """A matrix [N, K] of floats in a scheme: a `Rounding`."""
         return quantize_calibrated(
-            array, scheme, statistics=self.statistics[key], calibration=self.calibration, name=key[0], dtype=dtype
+            array, scheme, statistics=self.statistics.get(key), calibration=self.calibration, name=key[0], dtype=dtype
         )
 
     def scales(self, plan: Plan) -> dict[MatrixKey, np.ndarray]:
@@ -113,28 +111,31 @@ class Calibrator:
 
     def observe(self, plan: Plan) -> Calibrated:
         """Run all windows, and keep what rounding by the plan needs to know."""
-        wanted = {path: self._statistics(plan.schemes[path], path) for path in self.weights.uses if path in plan.schemes}
+        wanted = {
+            path: self._statistics(plan.schemes[path], path) for path in self.weights.uses if path in plan.schemes
+        }
         module = self._module.clone()
         weights = find_weights(module)
         observations = observe_inputs(module, weights, {path: names for path, names in wanted.items() if names})
         if not observations:
             return Calibrated(calibration=self.calibration, statistics={})
-        rows = [_num_rows(value.owner) for value in main_function(module).body.block.last_op.operands]  # type: ignore
+        rows = [_num_rows(value.owner) for value in signature.results(main_function(module))]
         LowerToReferencePass().apply(make_context(), module)
 
         @jax.jit
         def run(values: list[jax.Array], tokens: jax.Array) -> list[jax.Array]:
             return call_module(module, *values, tokens)
 
-        totals: list[np.ndarray] = []
+        totals: list[np.ndarray] | None = None
         for tokens in self._windows:
             seen = [np.array(x) for x in run(self._values, tokens[None])]
-            totals = [_add(o.statistic, *pair) for o, *pair in zip(observations, totals, seen, strict=True)] or seen
+            totals = seen if totals is None else list(map(_add, observations, totals, seen))
+        assert totals is not None
         counts = [n * len(self._windows) for n in rows]
         return Calibrated(calibration=self.calibration, statistics=_by_matrix(observations, totals, counts))
 
     def _statistics(self, scheme: Scheme, path: str) -> list[str]:
-        """What must be seen of a weight's inputs; nothing where it stays as it is stored and activations are not static."""
+        """What must be seen of a weight's inputs: nothing if it stays as it is stored and activations are dynamic."""
         names = []
         if not self._is_stored(scheme, path):
             names += {"gptq": ["gram"], "mse": ["histogram"]}.get(self.calibration.weights, [])
@@ -189,8 +190,9 @@ def _num_rows(op: Any) -> int:
     return prod(shape_of(op.x)[:-1])
 
 
-def _add(statistic: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.maximum(a, b) if statistic == "absmax" else a + b
+def _add(observation: Observation, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    added: np.ndarray = np.maximum(a, b) if observation.statistic == "absmax" else a + b
+    return added
 
 
 def _by_matrix(

@@ -150,6 +150,10 @@ class Decoder:
             _check_sizes(max_seq_len=max_seq_len)
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise LlmirError(
+                f"decoder: calibration must be an llmir.Calibration, as Calibration(text=…); got {calibration!r:.50}"
+            )
         if calibration is not None and quantize is None:
             raise LlmirError("decoder: calibration is for quantized weights: give quantize too, such as 'int4-g64'")
         platform = _check_target(target)
@@ -176,7 +180,7 @@ class Decoder:
             source,
             calibration=calibration,
             trace_at=trace_at,
-            encode=None if tokenizer is None else tokenizer.encode,
+            encode=getattr(tokenizer, "encode", None),
         )
         derived = derive_step(
             trace_at,
@@ -326,7 +330,7 @@ class Decoder:
         check = self._check
         values: dict[str, list[str]] = {}
         for weight in self._step.weights:
-            for path, text in weight.describe():
+            for path, text in weight.describe(self._plan):
                 values.setdefault(path, []).append(text)
         return Report(
             attention=entries,
@@ -401,8 +405,9 @@ class Decoder:
         """What the coarsest numbers that the step computes with allow; weights are the same on both sides."""
         kinds = ["half" if self._computes_in_half() else "float32"]
         ops = list(main_function(self._step.derived_module).body.block.ops)
-        if any(isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None for op in ops):
-            kinds.append("int8 activations")
+        for op in ops:
+            if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
+                kinds.append("int8 activations" if op.activation_scales is None else "static int8 activations")
         kinds += [f"int{g.quantized_bits} cache" for g in self._step.cache_groups if g.quantized_bits is not None]
         return max(RELATIVE_TOLERANCE[kind] for kind in kinds)
 

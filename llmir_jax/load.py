@@ -110,8 +110,9 @@ class Loaded:
         `option` and `calibration` are what `quantize` and `calibration` of `decoder` take. Raises LlmirError for what
         they cannot mean, and for weights that cannot be quantized.
         """
+        rounding: Rounding = plain_rounding
         if calibration is None and not isinstance(option, MixedPrecision):
-            plan, rounding = self.source.plan(option), plain_rounding
+            plan = self.source.plan(option)
         else:
             plan, rounding = self._calibrated_plan(option, calibration)
         arrays = {path: self.source.read_quantized(path, scheme, rounding) for path, scheme in plan.schemes.items()}

@@ -15,7 +15,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.interop import call_module
 from llmir_jax.pipeline import Recorder, specialize_step
-from llmir_jax.quantization import QuantizedArray, Rounding
+from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
@@ -36,10 +36,10 @@ class DerivedStep:
         derived: Derived,
         source: WeightSource,
         *,
-        rounding: Rounding,
         max_seqs: int,
         buckets: tuple[int, ...],
         recorder: Recorder,
+        rounding: Rounding = plain_rounding,
     ):
         self._derived = derived
         self._recorder = recorder

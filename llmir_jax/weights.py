@@ -105,13 +105,15 @@ class Weight:
     pieces: tuple[Piece, ...] = ()
     """What a quantized value is made of."""
 
-    def describe(self) -> Iterator[tuple[str, str]]:
+    def describe(self, plan: Plan | None) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
         if not isinstance(self.value, QuantizedArray):
             yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
             return
         for piece in self.pieces:
-            yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
+            assert plan is not None
+            scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+            yield piece.path, f"{self.value.scheme.name}{scheme.activations_name}{list(piece.matrix.shape)}"
 
 
 def read_matrix(

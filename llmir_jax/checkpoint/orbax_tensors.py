@@ -76,9 +76,12 @@ class OrbaxReader:
 
         Raises CheckpointError where they do not fit the scheme.
         """
-        names = [name for name, scheme in self.stored.items() if scheme.static_activations]
-        if missing := [name for name in names if ACTIVATION_SCALES not in self._entries[name]]:
-            raise CheckpointError(f"{self.path}: tensor {missing[0]!r} has no scales of activations; save it again")
+        # A table of which rows are looked up is multiplied with nothing, and has none.
+        names = [
+            name
+            for name, scheme in self.stored.items()
+            if scheme.static_activations and ACTIVATION_SCALES in self._entries[name]
+        ]
         wanted = {name: {ACTIVATION_SCALES: self._entries[name][ACTIVATION_SCALES]} for name in names}
         found = {name: parts[ACTIVATION_SCALES] for name, parts in self._restore_all(wanted).items()} if names else {}
         for name, scales in found.items():

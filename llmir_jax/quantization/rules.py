@@ -24,7 +24,6 @@ STORED = "stored"
 """As `quantize`: what the checkpoint has quantized stays as it is there, all else stays floats."""
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What becomes of each parameter, by path."""

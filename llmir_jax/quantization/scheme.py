@@ -87,11 +87,15 @@ class Scheme:
         parts = [f"int{self.bits}", span]
         parts += [short for short, kind in _SHORT_KINDS.items() if kind == self.kind]
         parts += [short for short, dtype in _SHORT_DTYPES.items() if dtype == self.scale_dtype]
-        if self.activations is not None:
-            parts.append("a8" if self.activation_group_size is None else f"a8-g{self.activation_group_size}")
-        if self.static_activations:
-            parts.append("static")
-        return "-".join(parts)
+        return "-".join(parts) + self.activations_name
+
+    @property
+    def activations_name(self) -> str:
+        """The end of `name` that is about activations, such as "-a8-g32-static"; empty if they stay as they are."""
+        if self.activations is None:
+            return ""
+        group = "" if self.activation_group_size is None else f"-g{self.activation_group_size}"
+        return f"-a8{group}{'-static' if self.static_activations else ''}"
 
     @property
     def dtype(self) -> Any:

@@ -33,6 +33,7 @@ from llmir_jax.transforms.weight_quantization import stored_matrices
 
 SEGMENTS = AttrSizedOperandSegments.attribute_name
 
+
 def quantize_activations(module: ModuleOp, plan: Plan | None, group_size: int | None) -> int:
     """Mark the matmuls of @main, in place; returns how many there are.
 

@@ -177,13 +177,15 @@ def _dot(op: stablehlo.DotGeneralOp, value: SSAValue, parameter: BlockArgument) 
     x_shape = shape_of(x)
     x_kept = [d for d in range(len(x_shape)) if d not in contracting[1 - side]]
     matrix = StoredMatrix(offset=view.offset, rows=view.axes(kept), columns=view.axes([d for d, _ in pairs]))
+    leading = [x_shape[d] for d in x_kept]
+
+    def inputs(builder: OpBuilder) -> SSAValue:
+        laid_out = builder.transpose(op.operands[1 - side], [*x_kept, *(d for _, d in pairs)])
+        return builder.reshape(laid_out, [*leading, matrix.shape[1]])
 
     def build(builder: OpBuilder, weight: SSAValue) -> SSAValue:
-        num_out, num_in = matrix.shape
-        leading = [x_shape[d] for d in x_kept]
-        laid_out = builder.transpose(op.operands[1 - side], [*x_kept, *(d for _, d in pairs)])
-        flat = builder.reshape(laid_out, [*leading, num_in])
-        product = _matmul(builder, flat, weight, tensor([*leading, num_out], result.get_element_type()))
+        product_type = tensor([*leading, matrix.shape[0]], result.get_element_type())
+        product = _matmul(builder, inputs(builder), weight, product_type)
         if side == 0:
             product = builder.transpose(product, [len(leading), *range(len(leading))])
         return builder.reshape(product, result.get_shape())
