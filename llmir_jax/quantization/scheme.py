@@ -126,6 +126,15 @@ class Scheme:
         side = {"symmetric": 0, "zero_point": 1, "minimum": scale}[self.kind]
         return n * k * self.bits // 8 + num_groups * (scale + side)
 
+    def same_storage(self, other: "Scheme", shape: tuple[int, int]) -> bool:
+        """Whether a matrix [N, K] is stored alike in both: groups of K are whole rows."""
+
+        def form(scheme: Scheme) -> tuple[Any, ...]:
+            per_tensor = scheme.per_tensor and shape[0] > 1
+            return scheme.bits, scheme.group_size or shape[1], scheme.kind, scheme.scale_dtype, per_tensor
+
+        return form(self) == form(other)
+
     def fitted(self, shape: tuple[int, ...], *, name: str) -> "Scheme":
         """This scheme for the matrix `name` of shape [N, K], with the sizes of groups it gets.
 
