@@ -145,7 +145,7 @@ class Calibrator:
 
     def _is_stored(self, scheme: Scheme, path: str) -> bool:
         stored, shape = self._source.stored.get(path), self.weights.matrices[path]
-        return stored is not None and stored.storage(shape) == scheme.storage(shape)
+        return stored is not None and stored.same_storage(scheme, shape)
 
     # Measuring
 
@@ -250,7 +250,7 @@ class Planner:
         """
         stored = {path: scheme for path, scheme in self._source.stored.items() if path in matrices}
         if self._calibration is None:
-            assert not isinstance(self._quantize, MixedPrecision)
+            assert not isinstance(self._quantize, MixedPrecision), "see __init__"
             plan = make_plan(self._quantize, shapes, matrices=matrices, stored=stored)
             scales = {(path, 0): scales for path, scales in self._source.activation_scales.items()}
             return replace(plan, activation_scales=scales)
@@ -273,12 +273,12 @@ class Planner:
         matrices: Mapping[str, tuple[int, int]],
         stored: Mapping[str, Scheme],
     ) -> Plan:
-        calibrated = calibrator.observe(Plan(schemes=dict.fromkeys(matrices, option.schemes[0])))
+        calibrated = calibrator.observe(Plan(schemes=dict.fromkeys(matrices, option.schemes()[0])))
 
         def measure(paths: Sequence[str], scheme: Scheme) -> float:
             return calibrator.divergence(paths, scheme, calibrated.round)
 
-        return mixed_precision_plan(option, shapes, matrices=matrices, stored=stored, measure=measure)
+        return mixed_precision_plan(option, shapes, matrices, stored, measure)
 
 
 __all__ = ["Calibrated", "Calibrator", "Encode", "Planner"]

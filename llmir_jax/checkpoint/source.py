@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from llmir_jax.errors import CheckpointError
 from llmir_jax.quantization import (
     Plan,
-    Quantize,
     QuantizedArray,
     Rounding,
+    Rules,
     Scheme,
     make_plan,
     plain_rounding,
@@ -100,7 +100,7 @@ class ParameterSource:
         """Of all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def plan(self, option: Quantize) -> Plan:
+    def plan(self, option: Rules) -> Plan:
         """What the option `quantize` means for these parameters. Raises LlmirError, see `make_plan`."""
         return make_plan(option, self.shapes, matrices=self.matrices, stored=self.stored)
 
@@ -124,7 +124,7 @@ class ParameterSource:
         """
         shape, dtype = self.matrices[path], self.parameters[path].dtype
         scheme = scheme.fitted(shape, name=path)
-        if path in self.stored and self.stored[path].storage(shape) == scheme.storage(shape):
+        if path in self.stored and self.stored[path].same_storage(scheme, shape):
             return self._replaced[path] if path in self._replaced else self._read_stored(path)
         if path in self._replaced:
             return rounding(self._replaced[path].dequantize(), scheme, (path, 0), dtype)
@@ -170,7 +170,7 @@ class ParameterSource:
                 )
             made._replaced[path] = array
             made.stored[path] = (schemes or {}).get(path, array.scheme)
-            if made.stored[path].storage(array.shape) != array.scheme.storage(array.shape):
+            if not made.stored[path].same_storage(array.scheme, array.shape):
                 raise CheckpointError(f"{path}: scheme {made.stored[path].name!r}, but it is {array.scheme.name!r}")
         return made
 

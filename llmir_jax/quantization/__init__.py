@@ -2,11 +2,11 @@
 
 from llmir_jax.quantization.array import QuantizedArray
 from llmir_jax.quantization.calibration import Calibration
-from llmir_jax.quantization.gptq import quantize_calibrated
-from llmir_jax.quantization.mixed_precision import MixedPrecision, mixed_precision_plan
+from llmir_jax.quantization.gptq import quantize_calibrated, weight_rounding
+from llmir_jax.quantization.mixed_precision import MixedPrecision, Quantize, check_quantize, mixed_precision_plan
 from llmir_jax.quantization.ranges import activation_scales
 from llmir_jax.quantization.rounding import MatrixKey, Rounding, plain_rounding, quantize
-from llmir_jax.quantization.rules import STORED, Plan, Quantize, make_plan
+from llmir_jax.quantization.rules import STORED, Plan, Rules, make_plan
 from llmir_jax.quantization.scheme import PRESETS, Scheme, parse_scheme
 from llmir_jax.quantization.statistics import InputStatistics
 
@@ -21,12 +21,15 @@ __all__ = [
     "Quantize",
     "QuantizedArray",
     "Rounding",
+    "Rules",
     "Scheme",
     "activation_scales",
+    "check_quantize",
     "make_plan",
     "mixed_precision_plan",
     "parse_scheme",
     "plain_rounding",
     "quantize",
     "quantize_calibrated",
+    "weight_rounding",
 ]

@@ -87,7 +87,8 @@ class Encoder:
         u: np.ndarray = (x if self.minima is None else x - self.minima) / self.divisors
         np.rint(u, out=u)
         np.maximum(u, self.low, out=u)
-        return np.minimum(u, self.high, out=u)
+        np.minimum(u, self.high, out=u)
+        return u
 
     def decode(self, u: np.ndarray) -> np.ndarray:
         """x, in place of u."""
@@ -120,7 +121,6 @@ def best_grids(
     Raises:
         LlmirError: see `group_scales`.
     """
-    weights = np.ones(len(x), np.float32) if importance is None else importance
 
     def error_of(grids: Grids) -> np.ndarray:
         error = np.empty(x.shape[1], np.float32)
@@ -131,7 +131,9 @@ def best_grids(
                 u = own.decode(own.round(x[:, columns]))
                 u -= x[:, columns]
                 u *= u
-                error[columns] = weights @ u
+                if importance is not None:
+                    u *= importance[:, None]
+                u.sum(0, out=error[columns])  # not a product: BLAS would wake all cores for each of thousands
         return error.sum(keepdims=True, dtype=np.float64) if pooled else error
 
     best = plain_grids(x, scheme, name, pooled=pooled)
@@ -147,7 +149,7 @@ def best_grids(
     for factor in _SHRINKS[scheme.bits]:
         consider(shrunk(float(factor)))
     for _ in range(_NUM_REFITS):
-        consider(_refitted(x, weights, best, pooled))
+        consider(_refitted(x, importance, best, pooled))
     return best
 
 
@@ -182,16 +184,18 @@ def _shrunk(x: np.ndarray, scheme: Scheme, name: str, pooled: bool) -> Callable[
     return shrink
 
 
-def _refitted(x: np.ndarray, weights: np.ndarray, grids: Grids, pooled: bool) -> Grids:
+def _refitted(x: np.ndarray, importance: np.ndarray | None, grids: Grids, pooled: bool) -> Grids:
     """The same integers with the scales, and minima, that fit best."""
     encoder = grids.encoder()
+    weights = np.ones((len(x), 1), np.float32) if importance is None else importance[:, None]
     sums = np.zeros((5, x.shape[1]), np.float64)  # Σ w · (1, u, u², x, u·x)
+    sums[0] = weights.sum(dtype=np.float64)
     for columns in _column_chunks(x):
         part = x[:, columns]
         u = encoder[columns].round(part)
-        for row, term in enumerate((u, u * u, part, u * part), start=1):
-            sums[row, columns] = weights @ term
-    sums[0] = weights.sum(dtype=np.float64)
+        weighted_u, weighted_x = weights * u, weights * part
+        for row, terms in enumerate((weighted_u, weighted_u * u, weighted_x, weighted_u * part), start=1):
+            sums[row, columns] = terms.sum(0)
     one, u1, u2, x1, ux = sums.sum(1, keepdims=True) if pooled else sums
     scheme = grids.scheme
     old = grids.scales.astype(np.float64)

@@ -42,7 +42,7 @@ def _scales(statistics: InputStatistics, group_size: int, calibration: Calibrati
     """float64 [G]; 0 for a group of zeros."""
     absmax = statistics.absmax.astype(np.float64).reshape(-1, group_size).max(1)
     if calibration.activations == "min-max":
-        return absmax / _HIGH
+        return np.asarray(absmax / _HIGH)
     assert statistics.histogram is not None, "an observer that fills no histogram"
     counts = statistics.histogram.reshape(len(absmax), group_size, NUM_BINS).sum(1)
     if calibration.activations == "percentile":
@@ -55,7 +55,7 @@ def _percentile_clip(counts: np.ndarray, absmax: np.ndarray, percentile: float) 
     upper = np.append(histogram_edges()[1:], np.inf)
     cumulative = counts.cumsum(1)
     reached = cumulative >= percentile / 100 * cumulative[:, -1:]
-    return np.minimum(upper[reached.argmax(1)], absmax)
+    return np.asarray(np.minimum(upper[reached.argmax(1)], absmax))
 
 
 def _least_error_clip(counts: np.ndarray, absmax: np.ndarray) -> np.ndarray:

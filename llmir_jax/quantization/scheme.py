@@ -132,11 +132,6 @@ class Scheme:
             keeps_blocks=False,
         )
 
-    def storage(self, shape: tuple[int, int]) -> tuple[Any, ...]:
-        """How a matrix [N, K] is stored, to compare: equal for a group of K and a whole row."""
-        group_size = self.group_size or shape[1]
-        return self.bits, group_size, self.kind, self.scale_dtype, self.per_tensor and shape[0] > 1
-
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix [N, K] that is stored so: its integers, scales, and zero points or minima.
 
@@ -147,6 +142,15 @@ class Scheme:
         scale: int = self.dtype.itemsize
         side = {"symmetric": 0, "zero_point": 1, "minimum": scale}[self.kind]
         return n * k * self.bits // 8 + num_groups * (scale + side)
+
+    def same_storage(self, other: "Scheme", shape: tuple[int, int]) -> bool:
+        """Whether a matrix [N, K] is stored alike in both: groups of K are whole rows."""
+
+        def form(scheme: Scheme) -> tuple[Any, ...]:
+            per_tensor = scheme.per_tensor and shape[0] > 1
+            return scheme.bits, scheme.group_size or shape[1], scheme.kind, scheme.scale_dtype, per_tensor
+
+        return form(self) == form(other)
 
     def fitted(self, shape: tuple[int, ...], *, name: str) -> "Scheme":
         """This scheme for the matrix `name` of shape [N, K], with the sizes of groups it gets.
