@@ -213,3 +213,35 @@ def test_stored_blocks_stay(data_path: Path, tmp_path: Path) -> None:
 def test_refused(quantize: Any, calibration: Any, message: str) -> None:
     with pytest.raises(LlmirError, match=message):
         build(make_params(), quantize, calibration=calibration)
+
+
+def test_mixed_precision() -> None:
+    """At the size of uniform int4 the error is less; the widths are those the report names; and it needs text."""
+    params = make_params()
+    rng = np.random.default_rng(9)
+    for name in ("up", "out"):  # of one layer ten times as coarse as of the other: outliers
+        outliers = jnp.asarray(rng.random(params["layers"][name].shape) < 0.01)
+        big = params["layers"][name] * jnp.where(outliers, 12, 1)
+        params["layers"][name] = params["layers"][name].at[1].set(big[1])
+    calibration = Calibration(tokens=texts(10, 64), weights="min-max", window=32)
+    sequence = np.asarray(texts(11, 40)[0])
+    exact = jax.nn.log_softmax(forward(params, jnp.asarray(sequence)[None])[0])
+
+    def divergence(decoder: Decoder) -> float:
+        found = jax.nn.log_softmax(decoder.logits([sequence])[0])
+        return float(jnp.mean(jnp.sum(jnp.exp(exact) * (exact - found), axis=-1)))
+
+    uniform = build(params, "int4-g16", verify=False)
+    candidates = ("int4-g64", "int4-g16", "int8-g64")
+    weights = sum(np.prod(x.shape) for x in (params["embed"], *map(params["layers"].get, ("qkv", "out", "up", "down"))))
+    option = llmir.MixedPrecision(bits_per_weight=5.0, candidates=candidates)  # 4 bits, and 16 for each group of 16
+    mixed = build(params, option, calibration=calibration, verify=False)
+    report = mixed.report()
+    assert report.parameter_bytes <= uniform.report().parameter_bytes
+    assert report.parameter_bytes > uniform.report().parameter_bytes - 0.1 * weights
+    assert len({text.split("[")[0] for path, text in report.parameters.items() if path not in report.not_quantized}) > 1
+    assert divergence(mixed) < divergence(uniform)
+    with pytest.raises(LlmirError, match=r"mixed precision measures .* give calibration="):
+        build(params, option)
+    with pytest.raises(LlmirError, match="bits_per_weight=3 is less than 4"):
+        build(params, llmir.MixedPrecision(bits_per_weight=3), calibration=calibration)
