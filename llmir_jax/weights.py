@@ -84,10 +84,7 @@ class Piece:
 
     def of(self, value: QuantizedArray) -> QuantizedArray:
         """These rows of the argument's value. Traceable."""
-        if (self.start, self.stop) == (0, value.shape[0]):
-            return value
-        rows: QuantizedArray = jax.tree.map(lambda part: part[self.start : self.stop], value)
-        return replace(rows, shape=(self.stop - self.start, value.shape[1]))
+        return value.span(self.start, self.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +102,7 @@ class Weight:
             yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
             return
         for piece in self.pieces:
-            yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
+            yield piece.path, f"{self.value.format}{list(piece.matrix.shape)}"
 
 
 def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weight]:
@@ -132,7 +129,8 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weig
                 values.append(source.read_quantized(part, scheme))
             else:
                 values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
-        weights.append(Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces)))
+        value = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
+        weights.append(Weight(path=path, value=value, pieces=tuple(pieces)))
     return weights
 
 

@@ -17,10 +17,11 @@ PARTS = ("values", "scales", "zero_points", "minima")
 
 
 def to_tree(parameter: Any) -> Any:
-    """What orbax is given for a parameter: the array, or a dict of those of a quantized one."""
+    """What orbax is given for a parameter: the array, or a dict of those of a quantized one in rows."""
     if not isinstance(parameter, QuantizedArray):
         return parameter
-    return {part: array for part in PARTS if (array := getattr(parameter, part)) is not None}
+    in_rows = parameter.laid_out("rows")
+    return {part: array for part in PARTS if (array := getattr(in_rows, part)) is not None}
 
 
 class OrbaxReader:

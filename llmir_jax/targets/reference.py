@@ -34,6 +34,7 @@ from llmir_jax.targets.quantized_reference import (
     dequantize_parts,
     encode_mixed,
     encode_parts,
+    is_in_columns,
     quantized_gather,
     quantized_matmul,
     round_activations,
@@ -346,6 +347,7 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
         group_size=optional_int_of(op.group_size),
         transpose_w=bool_of(op.transpose_w),
         dtype=_dtype(op.output.type),
+        in_columns=is_in_columns(op.w.type),
     )
     if op.activation_bits is None:
         return multiply
@@ -355,7 +357,12 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
 
 def _quantized_gather(op: llm.QuantizedGatherOp) -> Reference:
     assert isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType)
-    return partial(quantized_gather, decode=dequantize_parts(op.w.type), dtype=_dtype(op.output.type))
+    return partial(
+        quantized_gather,
+        decode=dequantize_parts(op.w.type),
+        dtype=_dtype(op.output.type),
+        in_columns=is_in_columns(op.w.type),
+    )
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

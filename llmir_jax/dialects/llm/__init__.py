@@ -19,6 +19,8 @@ from .distributed import (
 from .layers import ACTIVATIONS, GatedMLPOp, LayerNormOp, LinearOp, RMSNormOp, RopeOp
 from .quantization import DequantizeOp, QuantizedGatherOp, QuantizedMatmulOp, QuantizeOp, storage_range
 from .types import (
+    COLUMNS,
+    ROWS,
     CompositeType,
     MixedQuantizedTensorType,
     MixedType,
@@ -69,7 +71,9 @@ LLM = Dialect(
 
 __all__ = [
     "ACTIVATIONS",
+    "COLUMNS",
     "LLM",
+    "ROWS",
     "AllGatherOp",
     "AllReduceOp",
     "AppendKVOp",

@@ -56,7 +56,7 @@ func.func private @f(!llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=false
 func.func private @f(!llm.quantized_tensor<4x1024xi8, scale=f32, scale=f32>)
 
 // -----
-// CHECK: unknown parameter sclae: expected scale, zp, min, symmetric or group_size
+// CHECK: unknown parameter sclae: expected scale, zp, min, symmetric, group_size or layout
 func.func private @f(!llm.quantized_tensor<4x1024xi8, sclae=f32>)
 
 // -----
