@@ -203,7 +203,7 @@ class QuantizedArray:
     def rows(self, ids: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
         """x[ids] [*ids.shape, K], of integer ids in [0, N): only these rows are dequantized. Traceable."""
         places = jnp.asarray(ids).reshape(-1)
-        q = self._integers_of(jnp.take(jnp.asarray(self.values), places, axis=self._row_axis))
+        q = self._integers_of(jnp.take(jnp.asarray(self.values), places, self._row_axis, mode="clip"))
         # Per tensor, the one scale [1, 1] broadcasts as it is.
         own = [part if part is None or self.per_tensor else part[places] for part in self._side()]
         found = _decode(q, own, self.dtype if dtype is None else dtype)
@@ -214,7 +214,8 @@ class QuantizedArray:
         if (start, stop) == (0, self.shape[0]):
             return self
         index = (slice(start, stop),) if self.layout == "rows" else (slice(None), slice(start, stop))
-        rows: QuantizedArray = jax.tree.map(lambda part: part[index], self)
+        # Per tensor, the one scale [1, 1] is that of these rows too.
+        rows: QuantizedArray = jax.tree.map(lambda part: part if part.shape == (1, 1) else part[index], self)
         return replace(rows, shape=(stop - start, self.shape[1]))
 
     def laid_out(self, layout: Layout) -> "QuantizedArray":
@@ -275,7 +276,8 @@ def _value_dtype(bits: int, *, unsigned: bool) -> str:
 
 
 def _num_bits(dtype: DTypeLike) -> int:
-    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else jnp.dtype(dtype).itemsize * 8
+    name = jnp.dtype(dtype).name
+    return 4 if name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
 
 
 @partial(jax.jit, static_argnames=("bits", "unsigned"))  # in one kernel, with no unpacked copy

@@ -33,7 +33,14 @@ def _format(op: llm.QuantizedMatmulOp) -> Hashable | None:
     kind = op.w.type
     if not isinstance(op.w, BlockArgument) or not isinstance(kind, llm.QuantizedTensorType) or sole_use(op.w) is None:
         return None
-    types = (kind.element_type, kind.scale_type, kind.zero_point_type, kind.min_type, kind.elements_per_group, kind.layout)
+    types = (
+        kind.element_type,
+        kind.scale_type,
+        kind.zero_point_type,
+        kind.min_type,
+        kind.elements_per_group,
+        kind.layout,
+    )
     return op.x, types, op.activation_bits, op.activation_group_size, type_of(op.output).get_element_type()
 
 

@@ -33,7 +33,7 @@ def test_columns_are_read_once_and_never_unpacked() -> None:
         # Arguments and result once, and the scales once more as they become float32.
         assert columns["accessed"] < 2 * columns["in_and_out"], case
         # Of a loop this counts the body once.
-        assert rows["accessed"] > 2 * columns["accessed"], case
+        assert rows["accessed"] > 1.5 * columns["accessed"], case
         if "8 rows" in case:
             assert rows["loops"] == 1 and rows["copies_in_loops"], case
         elif "int4" in case:

@@ -218,8 +218,8 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
     Integers of fewer than 8 bits are packed along the last dimension, the first in the lowest bits of a byte: those of
     ``4x1024xi4`` are ``4x512xui8``, byte i of a row holding q[2i] mod 16 + 16 · (q[2i + 1] mod 16).
 
-    A matrix of 4 or 8 bits may have ``layout=columns``: its tensors are transposed, and the integers, in a type of their
-    own width, are packed by the device: those of ``4x1024xi4`` are ``1024x4xi4``, their scales [groups, 4].
+    A matrix of 4 or 8 bits may have ``layout=columns``: its tensors are transposed, and the integers, in a type of
+    their own width, are packed by the device: those of ``4x1024xi4`` are ``1024x4xi4``, their scales [groups, 4].
     """
 
     name = "llm.quantized_tensor"
