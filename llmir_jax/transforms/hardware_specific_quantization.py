@@ -9,8 +9,11 @@ integers of their own width, so that XLA converts and scales them within the pro
 Compiled for TPU v5e (libtpu 0.0.52), int4, K = 1024, N = 4096, groups of 32, a product of one row takes and gives
 2.4 MB; XLA has it access 3.4 MB in columns, and 60.6 MB in rows, which it unpacks to 32-bit values first. For several
 rows, the loop over blocks that keeps such values small copies the whole weight in each of its 16 turns. In int8 it is
-5.5 MB for 13.9. `tests/targets/test_tpu_layouts.py` compiles them. For GPUs nothing is measured: columns, a convert, a
-scale a group and one product, is the form that XLA:GPU's own tests expect to become one kernel.
+5.5 MB for 13.9. `tests/targets/test_tpu_layouts.py` compiles them.
+
+For GPUs nothing is measured. A loop of small blocks leaves most of one idle; in columns the product is one operation,
+in a form of int4 that XLA:GPU's own tests cover (FuseSubchannelDequantization). Where XLA does not fuse it, one weight
+at a time is there as floats.
 
 Only parameters of @main that nothing but llm ops read are concerned. KV caches stay rows of bytes on every target:
 tokens are written to them one by one, and a token must own whole bytes. Whoever fills the arguments moves the integers
