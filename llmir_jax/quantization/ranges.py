@@ -7,7 +7,8 @@ from llmir_jax.quantization.calibration import Calibration
 from llmir_jax.quantization.statistics import NUM_BINS, InputStatistics, bin_representatives, histogram_edges
 
 _HIGH = 127  # int8, symmetric
-_NUM_CLIPS = 8 * 8  # bins below the largest value's that "mse" tries as its clip: eight octaves
+_CLIPS = 2.0 ** (-np.arange(128) / 16)
+"""That "mse" tries, relative to the largest value."""
 
 
 def activation_scales(
@@ -59,17 +60,10 @@ def _percentile_clip(counts: np.ndarray, absmax: np.ndarray, percentile: float) 
 
 
 def _least_error_clip(counts: np.ndarray, absmax: np.ndarray) -> np.ndarray:
-    """The bin edge, or absmax, that gives the least squared error as the clip; [G]."""
-    edges = histogram_edges()
-    last = NUM_BINS - 1 - (counts[:, ::-1] > 0).argmax(1)  # the bin of the largest value
+    """Of absmax and some smaller ones, the clip that gives the least squared error; [G]."""
     values = np.minimum(bin_representatives(), absmax[:, None])  # [G, B]
-    best_clip, best_error = absmax, _clip_error(counts, values, absmax)
-    for below in range(_NUM_CLIPS):
-        clip = np.minimum(edges[np.maximum(last - below, 1)], absmax)
-        error = _clip_error(counts, values, clip)
-        better = error < best_error
-        best_clip, best_error = np.where(better, clip, best_clip), np.where(better, error, best_error)
-    return best_clip
+    errors = np.stack([_clip_error(counts, values, absmax * factor) for factor in _CLIPS])
+    return np.asarray(absmax * _CLIPS[errors.argmin(0)])
 
 
 def _clip_error(counts: np.ndarray, values: np.ndarray, clip: np.ndarray) -> np.ndarray:
