@@ -71,4 +71,4 @@ def _clip_error(counts: np.ndarray, values: np.ndarray, clip: np.ndarray) -> np.
     """The sum of squared errors of counts [G, B] of values [G, B, points] in steps of clip [G] / 127; [G]."""
     step = np.where(clip > 0, clip, 1)[:, None, None] / _HIGH
     rounded = np.minimum(np.rint(values / step), _HIGH) * step
-    return np.einsum("gb,gbp->g", counts, (values - rounded) ** 2)
+    return np.asarray(np.einsum("gb,gbp->g", counts, (values - rounded) ** 2))
