@@ -10,14 +10,18 @@ if TYPE_CHECKING:
     from llmir_jax.errors import LlmirError, UnsupportedModelError, VerificationError
     from llmir_jax.jit import jit
     from llmir_jax.load import Loaded, load
+    from llmir_jax.quantization.calibration import Calibration
+    from llmir_jax.quantization.mixed_precision import MixedPrecision
     from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
     from llmir_jax.runtime.sampling import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Decoder",
     "LlmirError",
     "Loaded",
+    "MixedPrecision",
     "RequestOutput",
     "RequestUpdate",
     "SamplingParams",
@@ -28,9 +32,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": "quantization.calibration",
     "Decoder": "decoder",
     "LlmirError": "errors",
     "Loaded": "load",
+    "MixedPrecision": "quantization.mixed_precision",
     "RequestOutput": "runtime.outputs",
     "RequestUpdate": "runtime.outputs",
     "SamplingParams": "runtime.sampling",
