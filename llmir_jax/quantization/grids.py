@@ -8,7 +8,7 @@ step along k is a sum of whole rows. A grid, in the terms of `QuantizedArray`:
 u is q for `symmetric` and `minimum`, and q - zero_point for `zero_point`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,9 +145,8 @@ def best_grids(
         better = error < best_error  # false for NaN
         best, best_error = best.take(better, grids), np.where(better, error, best_error)
 
-    shrunk = _shrunk(x, scheme, name, pooled)
-    for factor in _SHRINKS[scheme.bits]:
-        consider(shrunk(float(factor)))
+    for shrunk in _shrunk(x, scheme, name, pooled):
+        consider(shrunk)
     for _ in range(_NUM_REFITS):
         consider(_refitted(x, importance, best, pooled))
     return best
@@ -163,25 +162,24 @@ def _range(x: np.ndarray, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
     return (least.min(keepdims=True), greatest.max(keepdims=True)) if pooled else (least, greatest)
 
 
-def _shrunk(x: np.ndarray, scheme: Scheme, name: str, pooled: bool) -> Callable[[float], Grids]:
-    """Grids of a range that is so much of what the values have."""
+def _shrunk(x: np.ndarray, scheme: Scheme, name: str, pooled: bool) -> Iterator[Grids]:
+    """Grids of ranges that are less than what the values have: at both ends, and of asymmetric ones at either."""
     least, greatest = _range(x, pooled)
     low, high = scheme.storage_range
-
-    def shrink(factor: float) -> Grids:
-        if scheme.kind == "symmetric":
-            # What is farthest from 0 is put on the side that has more levels.
-            farthest = np.where(greatest > -least, greatest, least)
-            scales = (farthest / low if -low > high else np.abs(farthest) / high) * factor
-            return Grids(scales=_cast(scales, scheme), offsets=None, scheme=scheme)
-        if scheme.kind == "minimum":
-            middle, half = (least + greatest) / 2, (greatest - least) / 2 * factor
-            scales, offsets = group_scales(middle - half, middle + half, scheme, name)
-        else:
-            scales, offsets = group_scales(least * factor, greatest * factor, scheme, name)
-        return Grids(scales=scales, offsets=offsets, scheme=scheme)
-
-    return shrink
+    factors = _SHRINKS[scheme.bits]
+    if scheme.kind == "symmetric":
+        # What is farthest from 0 is put on the side that has more levels.
+        farthest = np.where(greatest > -least, greatest, least)
+        widest = farthest / low if -low > high else np.abs(farthest) / high
+        for factor in factors:
+            yield Grids(scales=_cast(widest * factor, scheme), offsets=None, scheme=scheme)
+        return
+    fixed = np.zeros_like(least) if scheme.kind == "zero_point" else (least + greatest) / 2
+    for factor in factors[::2]:
+        for below, above in ((factor, factor), (factor, 1), (1, factor)):
+            ends = fixed + (least - fixed) * below, fixed + (greatest - fixed) * above
+            scales, offsets = group_scales(*ends, scheme, name)
+            yield Grids(scales=scales, offsets=offsets, scheme=scheme)
 
 
 def _refitted(x: np.ndarray, importance: np.ndarray | None, grids: Grids, pooled: bool) -> Grids:

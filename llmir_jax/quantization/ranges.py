@@ -4,10 +4,13 @@ import numpy as np
 
 from llmir_jax.errors import LlmirError
 from llmir_jax.quantization.calibration import Calibration
-from llmir_jax.quantization.statistics import NUM_BINS, InputStatistics, bin_representatives, histogram_edges
+from llmir_jax.quantization.statistics import NUM_BINS, InputStatistics, bin_values, histogram_edges
 
 _HIGH = 127  # int8, symmetric
-_NUM_CLIPS = 8 * 8  # bins below the largest value's that "mse" tries as its clip: eight octaves
+_CLIPS = 2.0 ** (-np.arange(128) / 16)
+"""That "mse" tries, relative to the largest value."""
+_POINTS = 4
+"""Values of each bin that "mse" rounds."""
 
 
 def activation_scales(
@@ -16,8 +19,7 @@ def activation_scales(
     """Scales float32 [K / group_size] of groups of channels, or [1] for all of them: x ≈ clip(round(x / s)) · s.
 
     `calibration.activations` says how: "min-max" clips nothing that was seen; "percentile" clips above that percentile
-    of |x|, as finely as the histogram has it (9%, a bin's width); "mse" takes the clip with the least squared error,
-    counting on rounding errors that are uniform.
+    of |x|, as finely as the histogram has it (9%, a bin's width); "mse" takes the clip with the least squared error.
 
     A group in which only zeros were seen gets the scale of the whole row, since its values are not known.
 
@@ -59,22 +61,14 @@ def _percentile_clip(counts: np.ndarray, absmax: np.ndarray, percentile: float) 
 
 
 def _least_error_clip(counts: np.ndarray, absmax: np.ndarray) -> np.ndarray:
-    """The bin edge, or absmax, that gives the least squared error as the clip; [G]."""
-    edges = histogram_edges()
-    last = NUM_BINS - 1 - (counts[:, ::-1] > 0).argmax(1)  # the bin of the largest value
-    values = np.minimum(bin_representatives(), absmax[:, None])  # [G, B]
-    best_clip, best_error = absmax, _clip_error(counts, values, absmax)
-    for below in range(_NUM_CLIPS):
-        clip = np.minimum(edges[np.maximum(last - below, 1)], absmax)
-        error = _clip_error(counts, values, clip)
-        better = error < best_error
-        best_clip, best_error = np.where(better, clip, best_clip), np.where(better, error, best_error)
-    return best_clip
+    """Of absmax and some smaller ones, the clip that gives the least squared error; [G]."""
+    values = np.minimum(bin_values(_POINTS), absmax[:, None, None])  # [G, B, points]
+    errors = np.stack([_clip_error(counts, values, absmax * factor) for factor in _CLIPS])
+    return np.asarray(absmax * _CLIPS[errors.argmin(0)])
 
 
 def _clip_error(counts: np.ndarray, values: np.ndarray, clip: np.ndarray) -> np.ndarray:
-    """The sum of squared errors of counts [G, B] of values [G, B] in steps of clip [G] / 127; [G]."""
-    clip = clip[:, None]
-    step = clip / _HIGH
-    rounding = np.where(values < step / 2, values**2, step**2 / 12)  # what is less than half a step becomes 0
-    return np.asarray((counts * np.where(values > clip, (values - clip) ** 2, rounding)).sum(1))
+    """The sum of squared errors of counts [G, B] of values [G, B, points] in steps of clip [G] / 127; [G]."""
+    step = np.where(clip > 0, clip, 1)[:, None, None] / _HIGH
+    rounded = np.minimum(np.rint(values / step), _HIGH) * step
+    return np.asarray(np.einsum("gb,gbp->g", counts, (values - rounded) ** 2))

@@ -52,11 +52,11 @@ def quantize(
     """
     x = np.asarray(array)
     scheme = scheme.fitted(x.shape, name=name)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise LlmirError(f"{name}: expected floating-point values to quantize, got {x.dtype}")
     n, k = x.shape
     group_size = scheme.group_size or k
-    least, greatest = group_ranges(x, group_size, name) if ranges is None else (np.asarray(r) for r in ranges)
+    least, greatest = group_ranges(x, group_size, name)
+    if ranges is not None:
+        least, greatest = (np.asarray(r) for r in ranges)
     if least.shape != (n, k // group_size) or greatest.shape != least.shape:
         raise LlmirError(f"{name}: ranges must be {[n, k // group_size]}, got {list(least.shape)}")
     if scheme.per_tensor:
@@ -88,7 +88,9 @@ def _chunks(n: int, k: int) -> Iterator[slice]:
 
 
 def group_ranges(x: np.ndarray, group_size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The least and greatest value of each group, float32 [N, G]. Raises LlmirError for what is not finite."""
+    """The least and greatest value of each group, float32 [N, G]. Raises LlmirError for what are no finite floats."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LlmirError(f"{name}: expected floating-point values to quantize, got {x.dtype}")
     n, k = x.shape
     least, greatest = (np.empty((n, k // group_size), np.float32) for _ in range(2))
     for rows in _chunks(n, k):

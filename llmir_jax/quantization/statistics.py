@@ -101,11 +101,12 @@ class InputStatistics:
         if self.gram is not None:
             return np.asarray(np.diagonal(self.gram), np.float64) / self.num_rows
         if self.histogram is not None:
-            representative = np.minimum(bin_representatives(), self.absmax[:, None].astype(np.float64))
-            return np.asarray((self.histogram * representative**2).sum(1) / self.num_rows)
+            middle = np.minimum(bin_values(1)[:, 0], self.absmax[:, None].astype(np.float64))
+            return np.asarray((self.histogram * middle**2).sum(1) / self.num_rows)
         return None
 
 
-def bin_representatives() -> np.ndarray:
-    """One value for each bin, float64 [NUM_BINS]: 0, then the middle of the bin on the logarithmic scale."""
-    return np.asarray(histogram_edges() * 2.0 ** (0.5 / BINS_PER_OCTAVE))
+def bin_values(num_points: int) -> np.ndarray:
+    """Some values of each bin, float64 [NUM_BINS, num_points], evenly on the logarithmic scale; of bin 0, zeros."""
+    octaves = (np.arange(num_points) + 0.5) / num_points / BINS_PER_OCTAVE
+    return np.asarray(histogram_edges()[:, None] * 2.0**octaves)
