@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 PAGE_SIZE = 16  # tokens
 MAX_SEQS = 64
 """Rows of logits a step: enough to be quick, and 64 rows of a vocabulary of 50,000 in float64 are 25 MB."""
-BUCKETS = (MAX_SEQS + 1,)  # with more rows than sequences, attention serves runs of rows, which is twice as fast
+SCORED_ROWS = MAX_SEQS + 1  # more than there are sequences: attention then serves runs of rows, twice as fast
 SHORTEST = 64  # tokens; the forward is compiled for powers of two from here on
 
 
@@ -124,7 +124,9 @@ class Totals:
     def add(self, reference: Array, logits: Array, targets: Sequence[int]) -> None:
         """Compare rows of logits [n, vocab] of the forward and of the decoder, with the n tokens that came next."""
         if np.isnan(reference).any() or np.isnan(logits).any():
-            raise LlmirError("the logits to compare are not numbers: the weights or what they were quantized to are not")
+            raise LlmirError(
+                "the logits to compare are not numbers: the weights or what they were quantized to are not"
+            )
         expected, got = _log_softmax(reference), _log_softmax(logits)
         rows, chosen = np.arange(len(targets)), np.asarray(targets)
         probabilities = np.exp(expected)
@@ -204,7 +206,7 @@ class Measurement:
         together = sum(-(-(len(c.prompt) + len(c.output)) // PAGE_SIZE) for c in self.cases)
         return {
             "max_seqs": MAX_SEQS,
-            "buckets": BUCKETS,
+            "buckets": sorted({min(len(self.cases), MAX_SEQS) or SCORED_ROWS, SCORED_ROWS}),
             "page_size": PAGE_SIZE,
             "num_pages": max(longest, min(together, MAX_SEQS * longest)),
             "max_seq_len": self._longest,

@@ -1,6 +1,7 @@
 """``llmir accuracy``: what quantization costs, measured against the plain forward in float32."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 FLOAT = "float32"
 KV_CACHE = "kv-"
-ROUNDINGS = ("gptq", "mse", "percentile")
-"""Of `llmir.Calibration`."""
+ROUNDINGS = ("gptq", "mse", "percentile", "min-max")
+"""Ways to round weights, of `llmir.Calibration`."""
 SCHEMES = (
     FLOAT,
     *("int8", "int4", "w8a8", "w4a8"),
     *("int8-channel", "int4-g64", "int4-g32-zp", "int4-g32-min"),
     *(f"{KV_CACHE}{name}" for name in options.KV_CACHES),
 )
-CALIBRATED = (*(f"int4-g64+{rounding}" for rounding in ROUNDINGS), "mixed-4.25")
-"""With a text: three ways to round, and mixed widths at the size of int4-g64 (4 bits, and 16 for each 64 weights)."""
+CALIBRATED = ("int4-g64+gptq", "int4-g64+mse", "int4-g64+percentile", "int8-g32-a8-g32-static", "mixed-4.25")
+"""With a text: ways to round, static scales of activations, and mixed widths at the size of int4-g64."""
 WINDOW = 512  # tokens
 
 
@@ -57,8 +58,9 @@ def accuracy_command(
     perplexity. Of prompts, {"cases": [{"prompt_ids": […], "output_ids": […]}, …]}, also how many outputs are generated
     as they are there.
 
-    A scheme is float32, one of --quantize, or kv-int8 or kv-int4 for a cache. "+" joins: int4+kv-int8. With --calibrate
-    also int4-g64+gptq, +mse or +percentile, for a way to round, and mixed-4.25, for mixed widths of so many bits.
+    A scheme is float32, one that --quantize takes, or kv-int8 or kv-int4 for a cache; "+" joins: int4+kv-int8. With
+    --calibrate also int4-g64+gptq, +mse, +percentile or +min-max, which is how weights are rounded then, static scales
+    of activations (…-a8-static), and mixed-4.25 for mixed widths of so many bits a weight.
 
     \b
     llmir accuracy smollm2-135m --text book.txt --schemes int8,int4,int4+kv-int8
@@ -82,10 +84,12 @@ def accuracy_command(
             advance()
             rows[name] = measurement.of(how)
     if as_json:
-        about = {"text": text and str(text), "prompts": prompts and str(prompts), "calibrate": calibrate and str(calibrate)}
-        print(json.dumps({"model": model, **about, "schemes": {name: asdict(row) for name, row in rows.items()}}))
+        files = {"text": text, "prompts": prompts, "calibrate": calibrate}
+        about = {name: None if path is None else str(path) for name, path in files.items()}
+        schemes_found = {name: _finite(asdict(row)) for name, row in rows.items()}
+        print(json.dumps({"model": model, **about, "num_prompts": len(cases), "schemes": schemes_found}))
     else:
-        click.echo(_table(rows))
+        click.echo(_table(rows, len(cases)))
         click.echo("\n" + _caption(model, measurement, text=text, prompts=prompts, calibrate=calibrate))
 
 
@@ -107,8 +111,7 @@ def parse_scheme_name(name: str, calibrate: Path | None) -> dict[str, Any]:
     scheme, rounding = served.pop("scheme", FLOAT), served.pop("rounding", None)
     if scheme != FLOAT:
         served["quantize"] = options.parse_quantize([scheme])
-    is_mixed = options.MIXED.fullmatch(scheme) is not None
-    if rounding is not None or is_mixed:
+    if rounding is not None or scheme.endswith("-static") or options.MIXED.fullmatch(scheme):
         if scheme == FLOAT or calibrate is None:
             what = "weights to round" if scheme == FLOAT else "--calibrate FILE"
             raise click.UsageError(f"--schemes: {name!r} needs {what}")
@@ -128,8 +131,8 @@ def _read_cases(path: Path) -> "list[Case]":
         is_valid = False
     if not is_valid:
         raise RequestError(
-            f'{path}: expected {{"cases": [{{"prompt_ids": [1, 2], "output_ids": [3]}}, …]}}, each list of at least one '
-            "token id"
+            f'{path}: expected {{"cases": [{{"prompt_ids": [1, 2], "output_ids": [3]}}, …]}}, with at least one token id '
+            "in each list"
         )
     return cases
 
@@ -160,7 +163,14 @@ def _samples(text: str, loaded: "Loaded", *, tokens: int, window: int | None) ->
     )
 
 
-def _table(rows: "Mapping[str, Accuracy]") -> str:
+def _finite(value: Any) -> Any:
+    """With None in place of infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(rows: "Mapping[str, Accuracy]", num_cases: int) -> str:
     """Markdown; columns for what was compared."""
     any_row = next(iter(rows.values()))
     head = ["scheme", "weights, MB", "bits a weight", "cache, bytes a token"]
@@ -175,7 +185,7 @@ def _table(rows: "Mapping[str, Accuracy]") -> str:
         if row.text is not None:
             cells += [_kl(row.text.kl), f"{100 * row.text.top1:.1f}", f"{row.text.perplexity:.2f}"]
         if row.prompts is not None:
-            cells += [_kl(row.prompts.kl), f"{100 * row.prompts.top1:.1f}", str(row.identical)]
+            cells += [_kl(row.prompts.kl), f"{100 * row.prompts.top1:.1f}", f"{row.identical} of {num_cases}"]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
