@@ -109,14 +109,15 @@ def parse_scheme_name(name: str, calibrate: Path | None) -> dict[str, Any]:
             raise click.UsageError(f"--schemes: {name!r} names two of a kind, {served[key]} and {value}")
         served[key] = value
     scheme, rounding = served.pop("scheme", FLOAT), served.pop("rounding", None)
-    if scheme != FLOAT:
-        served["quantize"] = options.parse_quantize([scheme])
+    if rounding is not None and scheme == FLOAT:
+        raise click.UsageError(f"--schemes: {name!r} has no weights to round: name a scheme too, such as int4-g64")
     if rounding is not None or scheme.endswith("-static") or options.MIXED.fullmatch(scheme):
-        if scheme == FLOAT or calibrate is None:
-            what = "weights to round" if scheme == FLOAT else "--calibrate FILE"
-            raise click.UsageError(f"--schemes: {name!r} needs {what}")
+        if calibrate is None:
+            raise click.UsageError(f"--schemes: {name!r} needs --calibrate FILE")
         how = {} if rounding is None else {"weights": rounding}
         served["calibration"] = options.calibration(calibrate, **how)
+    if scheme != FLOAT:
+        served["quantize"] = options.parse_quantize([scheme])
     return served
 
 
@@ -131,8 +132,7 @@ def _read_cases(path: Path) -> "list[Case]":
         is_valid = False
     if not is_valid:
         raise RequestError(
-            f'{path}: expected {{"cases": [{{"prompt_ids": [1, 2], "output_ids": [3]}}, …]}}, with at least one token id '
-            "in each list"
+            f'{path}: expected {{"cases": [{{"prompt_ids": [1, 2], "output_ids": [3]}}, …]}}, token ids in each list'
         )
     return cases
 

@@ -125,9 +125,10 @@ def mixed_precision(bits_per_weight: float) -> Any:
 
 def calibration(path: Path, **how: Any) -> Any:
     """Calibration on the text of a file, `how` as `llmir.Calibration` has it."""
+    text = read_text(path)
     from llmir_jax import Calibration
 
-    return Calibration(text=read_text(path), **how)
+    return Calibration(text=text, **how)
 
 
 def read_text(path: Path) -> str:

@@ -62,7 +62,8 @@ def _describe(quantized: "Loaded") -> dict[str, tuple[str, int]]:
     source, found = quantized.source, {}
     for path, parameter in source.parameters.items():
         if (scheme := source.stored.get(path)) is not None:
-            found[path] = scheme.name, source.read_quantized(path, scheme).nbytes
+            array = source.read_quantized(path, scheme)
+            found[path] = array.scheme.name, array.nbytes
         else:
             dtype = jnp.dtype(parameter.dtype)
             found[path] = dtype.name, parameter.size * dtype.itemsize
