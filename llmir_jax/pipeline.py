@@ -40,8 +40,9 @@ from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
 from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Weights, find_weights
 
-PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]]], Plan]
-"""Plans the quantization of weights, from the shape of every parameter and (outputs, inputs) of those it can be."""
+PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]], int], Plan]
+"""Plans the quantization of weights, from the shape of every parameter, (outputs, inputs) of those that can be
+quantized, and the tokens of the longest sequence."""
 
 
 @dataclass
@@ -112,7 +113,7 @@ def derive_step(
     )
     if plan_weights is not None:
         weights = find_weights(module)
-        derived.plan = _explained(plan_weights(weights.shapes, weights.matrices), weights)
+        derived.plan = _explained(plan_weights(weights.shapes, weights.matrices, derived.max_seq_len), weights)
         recorder.run(
             module,
             WeightQuantizationPass(plan=derived.plan),

@@ -15,7 +15,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.interop import call_module
 from llmir_jax.pipeline import Recorder, specialize_step
-from llmir_jax.quantization import QuantizedArray
+from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
@@ -39,6 +39,7 @@ class DerivedStep:
         max_seqs: int,
         buckets: tuple[int, ...],
         recorder: Recorder,
+        rounding: Rounding = plain_rounding,
     ):
         self._derived = derived
         self._recorder = recorder
@@ -49,7 +50,7 @@ class DerivedStep:
         main = main_function(derived.module)
         self._attributes = signature.argument_attributes(main)
         self._args = list(main.body.block.args)
-        self.weights = tuple(fill(derived.module, derived.plan, source))
+        self.weights = tuple(fill(derived.module, derived.plan, source, rounding))
         self.params: tuple[jax.Array | QuantizedArray, ...] = tuple(weight.value for weight in self.weights)
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()

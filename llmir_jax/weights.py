@@ -1,18 +1,19 @@
 """What fills the parameter arguments of a step: arrays of a model, or tensors of a checkpoint, one at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.dialects import llm
-from llmir_jax.quantization import Plan, QuantizedArray, Scheme, quantize
+from llmir_jax.quantization import Plan, QuantizedArray, Rounding, Scheme, plain_rounding
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.weight_quantization import stored_matrices
@@ -29,11 +30,15 @@ class WeightSource(Protocol):
     def stored(self) -> Mapping[str, Scheme]:
         """The formats of those that are quantized already."""
 
+    @property
+    def activation_scales(self) -> Mapping[str, np.ndarray]:
+        """Static scales, float32 [G] each, of what is multiplied with them, where their schemes have such."""
+
     def read(self, path: str) -> jax.Array:
         """The parameter as floats."""
 
-    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
-        """The parameter as a matrix [N, K] in a scheme."""
+    def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray:
+        """The parameter as a matrix [N, K] in a scheme, rounded where it is not stored so."""
 
 
 class ModelWeights:
@@ -41,6 +46,7 @@ class ModelWeights:
 
     matrices: Mapping[str, tuple[int, int]] = {}
     stored: Mapping[str, Scheme] = {}
+    activation_scales: Mapping[str, np.ndarray] = {}
 
     def __init__(self, paths: Sequence[str], arrays: Sequence[jax.Array]) -> None:
         self._arrays = dict(zip(paths, arrays, strict=True))
@@ -49,7 +55,7 @@ class ModelWeights:
         """The parameter as it is."""
         return jnp.asarray(self._arrays[path])
 
-    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
+    def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray:
         """Never asked for: it has no `matrices`."""
         raise KeyError(path)
 
@@ -99,16 +105,34 @@ class Weight:
     pieces: tuple[Piece, ...] = ()
     """What a quantized value is made of."""
 
-    def describe(self) -> Iterator[tuple[str, str]]:
+    def describe(self, plan: Plan | None) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
         if not isinstance(self.value, QuantizedArray):
             yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
             return
         for piece in self.pieces:
-            yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
+            assert plan is not None
+            scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+            yield piece.path, f"{self.value.scheme.name}{scheme.activations_name}{list(piece.matrix.shape)}"
 
 
-def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weight]:
+def read_matrix(
+    source: WeightSource,
+    path: str,
+    matrix: StoredMatrix,
+    scheme: Scheme,
+    read: Callable[[str], jax.Array],
+    rounding: Rounding,
+) -> QuantizedArray:
+    """A matrix of a parameter in a scheme that fits it; `read` gives the parameter as floats if they are needed."""
+    if _is_whole(path, matrix, source):
+        return source.read_quantized(path, scheme, rounding)
+    return rounding(matrix.read(read(path)), scheme, (path, matrix.offset), None)
+
+
+def fill(
+    module: ModuleOp, plan: Plan | None, source: WeightSource, rounding: Rounding = plain_rounding
+) -> list[Weight]:
     """A value for each parameter argument of @main, in order.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
@@ -128,10 +152,7 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weig
             start = pieces[-1].stop if pieces else 0
             pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
             scheme = plan.schemes[part].fitted(matrix.shape, name=part)
-            if _is_whole(part, matrix, source):
-                values.append(source.read_quantized(part, scheme))
-            else:
-                values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
+            values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
         weights.append(Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces)))
     return weights
 
@@ -237,4 +258,13 @@ def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype
         yield jnp.zeros(size - at, dtype)
 
 
-__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "fill", "unread"]
+__all__ = [
+    "LazyArrays",
+    "ModelWeights",
+    "Weight",
+    "WeightSource",
+    "dense",
+    "fill",
+    "read_matrix",
+    "unread",
+]

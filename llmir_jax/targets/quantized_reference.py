@@ -13,6 +13,7 @@ from xdsl.dialects.builtin import IntegerType, NoneAttr, TensorType
 
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
+from llmir_jax.quantization.statistics import NUM_BINS, histogram_bins
 
 Decode = Callable[..., Array]
 BLOCK_ELEMENTS = 1 << 18
@@ -172,15 +173,36 @@ def quantized_matmul(
     return jnp.matmul(x.astype(jnp.float32), weight).astype(dtype)
 
 
-def round_activations(x: Array, group_size: int | None) -> Array:
+def round_activations(x: Array, group_size: int | None, scales: Array | None = None) -> Array:
     """x [..., K] rounded to 8 bits and back, float32: each row, or each group of it along K, by its largest value.
 
-    Products of these floats differ from sums of products of the integers, times scales, by no more than float32
-    rounds: |q| ≤ 127, so that the integers themselves are exact.
+    Or by `scales` [K / group_size], the same for every row. Products of these floats differ from sums of products of
+    the integers, times scales, by no more than float32 rounds: |q| ≤ 127, so that the integers themselves are exact.
     """
     groups = _grouped(x.astype(jnp.float32), group_size or x.shape[-1])
-    scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127
+    if scales is None:
+        scale = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127
+    else:
+        scale = scales.astype(jnp.float32)[:, None]
     return (jnp.clip(jnp.round(groups / _positive(scale)), -127, 127) * scale).reshape(x.shape)
+
+
+def observe_absmax(x: Array) -> Array:
+    """The greatest |x| of each channel of [..., K]: [K]."""
+    return jnp.max(jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1]), axis=0)
+
+
+def observe_gram(x: Array) -> Array:
+    """The sum over the rows of [..., K] of x·xᵀ: [K, K]."""
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST)
+
+
+def observe_histogram(x: Array) -> Array:
+    """How many |x| of each channel of [..., K] are in each bin: int32 [K, NUM_BINS]."""
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    counts = jnp.zeros((x.shape[-1], NUM_BINS), jnp.int32)
+    return counts.at[jnp.arange(x.shape[-1]), histogram_bins(rows)].add(1)
 
 
 def _by_rows(x: Array, parts: Sequence[Array], decode: Decode) -> Array:

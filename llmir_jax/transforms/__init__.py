@@ -15,6 +15,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
     "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
+    "quantization-calibration": ("quantization_calibration", "QuantizationCalibrationPass"),
     "quantized-operation-fusion": ("quantized_operation_fusion", "QuantizedOperationFusionPass"),
     "raise-attention": ("raise_attention", "RaiseAttentionPass"),
     "raise-gated-mlp": ("raise_gated_mlp", "RaiseGatedMLPPass"),

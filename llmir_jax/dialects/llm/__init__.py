@@ -17,7 +17,15 @@ from .distributed import (
     ShardedLinearOp,
 )
 from .layers import ACTIVATIONS, GatedMLPOp, LayerNormOp, LinearOp, RMSNormOp, RopeOp
-from .quantization import DequantizeOp, QuantizedGatherOp, QuantizedMatmulOp, QuantizeOp, storage_range
+from .quantization import (
+    OBSERVED,
+    DequantizeOp,
+    ObserveOp,
+    QuantizedGatherOp,
+    QuantizedMatmulOp,
+    QuantizeOp,
+    storage_range,
+)
 from .types import (
     CompositeType,
     MixedQuantizedTensorType,
@@ -43,6 +51,7 @@ LLM = Dialect(
         LayerNormOp,
         LinearOp,
         LookupKVOp,
+        ObserveOp,
         PagedAttentionOp,
         PipelineRecvOp,
         PipelineSendOp,
@@ -70,6 +79,7 @@ LLM = Dialect(
 __all__ = [
     "ACTIVATIONS",
     "LLM",
+    "OBSERVED",
     "AllGatherOp",
     "AllReduceOp",
     "AppendKVOp",
@@ -85,6 +95,7 @@ __all__ = [
     "LookupKVOp",
     "MixedQuantizedTensorType",
     "MixedType",
+    "ObserveOp",
     "PagedAttentionOp",
     "PagedKVCacheType",
     "PipelineRecvOp",
