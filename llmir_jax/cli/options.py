@@ -87,7 +87,7 @@ def decoder_quantization(
 
 def parse_quantize(values: Sequence[str]) -> Any:
     """What `quantize` of a decoder is, of one scheme for all or of rules. Raises click.UsageError."""
-    from llmir_jax.quantization.rules import check_quantize  # here, since --help needs no JAX
+    from llmir_jax.quantization import check_quantize  # here, since --help needs no JAX
 
     rules = [value for value in values if "=" in value]
     if rules and len(rules) != len(values):

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -13,7 +13,9 @@ from flax import nnx
 
 import llmir_jax as llmir
 from llmir_jax.accuracy import Totals, samples_of_text
+from llmir_jax.cli.accuracy import CALIBRATED, ROUNDINGS, SCHEMES, parse_scheme_name
 from llmir_jax.quantization import parse_scheme, quantize
+from llmir_jax.quantization.calibration import WeightRounding
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 3
 NUM_TOKENS, WINDOW = 150, 70  # windows of 70, 70 and 10 tokens; steps of 64 rows and less
@@ -36,7 +38,9 @@ class Expected:
     rounded: nnx.Module
 
     def logits(self, model: nnx.Module, ids: list[int]) -> np.ndarray:
-        return np.asarray(jax.jit(self.loaded.forward)(model, np.asarray([ids], np.int32))[0], np.float64)
+        padded = np.zeros((1, 80), np.int32)  # one shape; what comes later is not seen
+        padded[0, : len(ids)] = ids
+        return np.asarray(jax.jit(self.loaded.forward)(model, padded)[0, : len(ids)], np.float64)
 
     def log_probabilities(self, model: nnx.Module, ids: list[int]) -> np.ndarray:
         logits = self.logits(model, ids)
@@ -138,6 +142,36 @@ def test_the_table(run: Run, chat_model: Path, text_path: Path) -> None:
     assert [row[3] for row in cells] == [str(8 * (16 + 2)), str(8 * (8 + 4))]
     assert cells[0][2] == "32.00" and float(cells[1][2]) < 10
     assert empty == "" and "20 tokens of text.txt in windows of 20" in caption and caption.endswith("on cpu.")
+
+
+def test_names_of_schemes(text_path: Path) -> None:
+    text = {"text": TEXT}
+    for name, wanted in {
+        "float32": {"quantize": None},
+        "w4a8": {"quantize": "w4a8"},
+        "kv-int4": {"quantize": None, "kv_cache": "int4"},
+        "int8+kv-int8": {"quantize": "int8", "kv_cache": "int8"},
+        "int4-g64+mse": {"quantize": "int4-g64", "calibration": llmir.Calibration(weights="mse", **text)},
+        "int8-g32-a8-static": {"quantize": "int8-g32-a8-static", "calibration": llmir.Calibration(**text)},
+        "mixed-4.5+kv-int8": {
+            "quantize": llmir.MixedPrecision(bits_per_weight=4.5),
+            "calibration": llmir.Calibration(**text),
+            "kv_cache": "int8",
+        },
+    }.items():
+        assert parse_scheme_name(name, text_path) == wanted
+    assert set(ROUNDINGS) == set(get_args(WeightRounding))
+    assert all(parse_scheme_name(name, text_path) for name in (*SCHEMES, *CALIBRATED))
+
+
+def test_calibrated_schemes(run: Run, chat_model: Path, text_path: Path) -> None:
+    """Rounded by the text that it is measured on, int4 is closer to the forward than plain rounding makes it."""
+    common = ("accuracy", chat_model, "--text", text_path, "--tokens", NUM_TOKENS, "--calibrate", text_path, "--json")
+    result = run(*common, "--schemes", f"{SCHEME},{SCHEME}+gptq")
+    assert result.exit_code == 0, result.output
+    plain, calibrated = json.loads(result.stdout)["schemes"].values()
+    assert 0 < calibrated["text"]["kl"] < plain["text"]["kl"]
+    assert calibrated["parameter_bytes"] == plain["parameter_bytes"]
 
 
 def test_totals() -> None:

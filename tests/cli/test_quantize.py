@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import Run, assert_one_line_error
 
@@ -20,7 +21,8 @@ def test_a_checkpoint_is_quantized_and_served_as_it_is(run: Run, chat_model: Pat
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     found = json.loads(result.stdout)
-    loaded, report = llmir.load(path), llmir.load(path).decoder(verify=False).report()
+    loaded = llmir.load(path)
+    report = loaded.decoder(max_seqs=1, num_pages=4, verify=False).report()
     assert loaded.quantized and (found["model"], found["path"]) == (str(chat_model), str(path))
     kinds = {name: text.split("[")[0] for name, text in report.parameters.items()}
     assert found["parameters"] == kinds
@@ -32,8 +34,9 @@ def test_a_checkpoint_is_quantized_and_served_as_it_is(run: Run, chat_model: Pat
     assert sum(entry["bytes"] for entry in found["formats"].values()) == found["bytes"]
     common = ("generate", "Hi", "-n", 4, "--ignore-eos", "--no-verify", *SMALL)
     assert run(*common, "-m", path).stdout == run(*common, "-m", chat_model, "-q", "int4").stdout
-    floats = run("compile", path, *SMALL, "--no-verify", "--tokens", 1, "-q", "none", "--json")
-    assert "int4" not in "".join(json.loads(floats.stdout)["parameters"].values())
+    for options, is_quantized in (((), True), (("-q", "none"), False)):
+        result = run("compile", path, *SMALL, "--emit", "llm", *options)
+        assert ("llm.quantized_matmul" in result.stdout) is is_quantized
 
 
 def test_rules_and_the_summary(run: Run, chat_model: Path, tmp_path: Path) -> None:
@@ -44,6 +47,22 @@ def test_rules_and_the_summary(run: Run, chat_model: Path, tmp_path: Path) -> No
     counts = {line.split()[0]: int(line.split()[1]) for line in lines}
     assert counts["int4-g16-f16"] == 2 * 3 and counts["int8-channel-f32"] == 2 * 4
     assert set(counts) == {"int4-g16-f16", "int8-channel-f32", "bfloat16"}
+
+
+def test_calibration(run: Run, chat_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely, having little or no money " * 3)
+    for name, options in (("plain", ()), ("calibrated", ("--calibrate", text))):
+        result = run("quantize", chat_model, "-q", ".*attn=int4-g16", *options, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert "8 parameters" in result.stdout and "int4-g16-f16" in result.stdout
+    calibration = llmir.Calibration(text=text.read_text())
+    wanted = llmir.load(chat_model).quantize({".*attn": "int4-g16"}, calibration=calibration)
+    plain, saved = (llmir.load(tmp_path / name).source for name in ("plain", "calibrated"))
+    for path, scheme in wanted.source.stored.items():
+        ours, theirs = (source.read_quantized(path, scheme).values for source in (saved, wanted.source))
+        assert np.array_equal(ours, theirs)
+    assert any(not np.array_equal(plain.read(path), saved.read(path)) for path in wanted.source.stored)
 
 
 def test_options_of_a_decoder(run: Run, chat_model: Path) -> None:
@@ -60,6 +79,7 @@ def test_options_of_a_decoder(run: Run, chat_model: Path) -> None:
 def test_what_quantize_is_parsed_to() -> None:
     assert parse_quantize(["int4"]) == "int4"
     assert parse_quantize(["none"]) is None
+    assert parse_quantize(["mixed-4.25"]) == llmir.MixedPrecision(bits_per_weight=4.25)
     assert parse_quantize(["a=int8", "(?=b)=none", "c=w4a8"]) == {"a": "int8", "(?=b)": None, "c": "w4a8"}
 
 
@@ -73,6 +93,8 @@ def test_what_quantize_is_parsed_to() -> None:
         (("-q", "mlp=int3"), ["'mlp'", "'int3'"]),
         (("-q", "mlp="), ["'mlp'"]),
         (("-q", "(mlp=int4"), ["'(mlp'", "regular expression"]),
+        (("-q", "mixed-0"), ["bits_per_weight"]),
+        (("-q", "mlp=mixed-4.25"), ["mixed-4.25"]),
         (("-q", "int4", "--calibrate", "no/such.txt"), ["--calibrate", "no/such.txt"]),
     ],
 )
