@@ -28,6 +28,7 @@ from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
+from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, unread
 
@@ -52,6 +53,13 @@ def _check_target(target: str | None) -> str:
             f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
         )
     return platform
+
+
+def _layout_target(platform: str) -> str:
+    """The target that quantized weights are laid out for."""
+    if platform in ("cuda", "rocm"):
+        return "gpu"
+    return platform if platform in LAYOUTS else "reference"
 
 
 def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
@@ -192,6 +200,7 @@ class Decoder:
             recorder=recorder,
             plan_weights=None if quantize is None else planner.plan,
             kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
+            target=_layout_target(platform),
         )
         texts["llm"] = derived.text
         start = time.perf_counter()

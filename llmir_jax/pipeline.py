@@ -24,6 +24,7 @@ from llmir_jax.interop import make_context
 from llmir_jax.quantization import Plan
 from llmir_jax.transforms.activation_quantization import ActivationQuantizationPass
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
+from llmir_jax.transforms.hardware_specific_quantization import HardwareSpecificQuantizationPass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
@@ -86,8 +87,12 @@ def derive_step(
     recorder: Recorder,
     plan_weights: PlanWeights | None = None,
     kv_cache_bits: int | None = None,
+    target: str = "reference",
 ) -> Derived:
-    """The step of a plain forward, over pages, at the length it was derived at."""
+    """The step of a plain forward, over pages, at the length it was derived at.
+
+    `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    """
     start = time.perf_counter()
     derived = derive(
         trace_at,
@@ -119,6 +124,7 @@ def derive_step(
             WeightQuantizationPass(plan=derived.plan),
             ActivationQuantizationPass(plan=derived.plan),
             QuantizedOperationFusionPass(),
+            HardwareSpecificQuantizationPass(target=target),
         )
     recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)

@@ -90,10 +90,7 @@ class Piece:
 
     def of(self, value: QuantizedArray) -> QuantizedArray:
         """These rows of the argument's value. Traceable."""
-        if (self.start, self.stop) == (0, value.shape[0]):
-            return value
-        rows: QuantizedArray = jax.tree.map(lambda part: part[self.start : self.stop], value)
-        return replace(rows, shape=(self.stop - self.start, value.shape[1]))
+        return value.span(self.start, self.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +110,8 @@ class Weight:
         for piece in self.pieces:
             assert plan is not None
             scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
-            yield piece.path, f"{self.value.scheme.name}{scheme.activations_name}{list(piece.matrix.shape)}"
+            layout = "" if self.value.layout == "rows" else f" in {self.value.layout}"
+            yield piece.path, f"{self.value.scheme.name}{scheme.activations_name}{layout}{list(piece.matrix.shape)}"
 
 
 def read_matrix(
@@ -153,7 +151,8 @@ def fill(
             pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
             scheme = plan.schemes[part].fitted(matrix.shape, name=part)
             values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
-        weights.append(Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces)))
+        value = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
+        weights.append(Weight(path=path, value=value, pieces=tuple(pieces)))
     return weights
 
 

@@ -18,10 +18,11 @@ ACTIVATION_SCALES = "activation_scales"
 
 
 def to_tree(parameter: Any, activation_scales: np.ndarray | None = None) -> Any:
-    """What orbax is given for a parameter: the array, or a dict of those of a quantized one."""
+    """What orbax is given for a parameter: the array, or a dict of those of a quantized one in rows."""
     if not isinstance(parameter, QuantizedArray):
         return parameter
-    tree = {part: array for part in PARTS if (array := getattr(parameter, part)) is not None}
+    in_rows = parameter.laid_out("rows")
+    tree = {part: array for part in PARTS if (array := getattr(in_rows, part)) is not None}
     return tree if activation_scales is None else {**tree, ACTIVATION_SCALES: activation_scales}
 
 

@@ -168,7 +168,7 @@ class ParameterSource:
                 raise CheckpointError(
                     f"{path}: quantized {list(array.shape)}; expected {list(self.matrices[path])} (outputs, inputs)"
                 )
-            made._replaced[path] = array
+            made._replaced[path] = array.laid_out("rows")  # as they are saved and merged
             made.stored[path] = (schemes or {}).get(path, array.scheme)
             if not made.stored[path].same_storage(array.scheme, array.shape):
                 raise CheckpointError(f"{path}: scheme {made.stored[path].name!r}, but it is {array.scheme.name!r}")

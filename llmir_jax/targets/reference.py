@@ -34,6 +34,7 @@ from llmir_jax.targets.quantized_reference import (
     dequantize_parts,
     encode_mixed,
     encode_parts,
+    is_in_columns,
     observe_absmax,
     observe_gram,
     observe_histogram,
@@ -349,6 +350,7 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
         group_size=optional_int_of(op.group_size),
         transpose_w=bool_of(op.transpose_w),
         dtype=_dtype(op.output.type),
+        in_columns=is_in_columns(op.w.type),
     )
     if op.activation_bits is None:
         return multiply
@@ -365,7 +367,12 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
 
 def _quantized_gather(op: llm.QuantizedGatherOp) -> Reference:
     assert isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType)
-    return partial(quantized_gather, decode=dequantize_parts(op.w.type), dtype=_dtype(op.output.type))
+    return partial(
+        quantized_gather,
+        decode=dequantize_parts(op.w.type),
+        dtype=_dtype(op.output.type),
+        in_columns=is_in_columns(op.w.type),
+    )
 
 
 def _observe(op: llm.ObserveOp) -> Reference:

@@ -8,6 +8,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "activation-quantization": ("activation_quantization", "ActivationQuantizationPass"),
     "blockify-kv-cache": ("blockify_kv_cache", "BlockifyKVCachePass"),
     "check-token-axis": ("check_token_axis", "CheckTokenAxisPass"),
+    "hardware-specific-quantization": ("hardware_specific_quantization", "HardwareSpecificQuantizationPass"),
     "inline-calls": ("inline_calls", "InlineCallsPass"),
     "insert-kv-cache": ("insert_kv_cache", "InsertKVCachePass"),
     "kv-cache-allocation": ("kv_cache_allocation", "KVCacheAllocationPass"),

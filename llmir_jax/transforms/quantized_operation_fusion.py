@@ -33,7 +33,14 @@ def _format(op: llm.QuantizedMatmulOp) -> Hashable | None:
     kind = op.w.type
     if not isinstance(op.w, BlockArgument) or not isinstance(kind, llm.QuantizedTensorType) or sole_use(op.w) is None:
         return None
-    types = (kind.element_type, kind.scale_type, kind.zero_point_type, kind.min_type, kind.elements_per_group)
+    types = (
+        kind.element_type,
+        kind.scale_type,
+        kind.zero_point_type,
+        kind.min_type,
+        kind.elements_per_group,
+        kind.layout,
+    )
     activations = op.activation_bits, op.activation_group_size, op.activation_scales
     return op.x, types, activations, type_of(op.output).get_element_type()
 
@@ -75,6 +82,7 @@ def _merged_argument(main: FuncOp, ops: list[llm.QuantizedMatmulOp]) -> BlockArg
         zero_point_type=kind.zero_point_type,
         min_type=kind.min_type,
         group_size=None if isinstance(kind.group_size, NoneAttr) else kind.group_size.data,
+        layout=kind.layout.data,
     )
     new = main.body.block.insert_arg(merged, first.index)
     attributes.insert(new.index, {signature.PATH: StringAttr("+".join(paths)), PARTS: ArrayAttr(parts)})

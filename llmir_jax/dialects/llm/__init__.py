@@ -27,6 +27,8 @@ from .quantization import (
     storage_range,
 )
 from .types import (
+    COLUMNS,
+    ROWS,
     CompositeType,
     MixedQuantizedTensorType,
     MixedType,
@@ -78,8 +80,10 @@ LLM = Dialect(
 
 __all__ = [
     "ACTIVATIONS",
+    "COLUMNS",
     "LLM",
     "OBSERVED",
+    "ROWS",
     "AllGatherOp",
     "AllReduceOp",
     "AppendKVOp",
