@@ -302,6 +302,20 @@ class Decoder:
                 out[seq][i] = row
         return out
 
+    def iter_logits(self, tokens: ArrayLike) -> Iterator[np.ndarray[Any, Any]]:
+        """Logits float32[n, vocab] of one sequence from its first token to its last, n ≤ max_seqs rows at a time.
+
+        For measuring: no more of them are in memory than are in use. It uses the engine's cache, so nothing may be in
+        flight. Raises LlmirError for a sequence that does not fit the pages.
+        """
+        sequence = np.asarray(tokens, np.int32)
+        cached = self._cached_logits(0, num_seqs=1)
+        if len(sequence) > cached.capacity:
+            raise LlmirError(f"iter_logits: at most {cached.capacity} tokens fit the pages, got {len(sequence)}")
+        for start in range(0, len(sequence), self._step.max_seqs):
+            stop = min(start + self._step.max_seqs, len(sequence))
+            yield cached.step([sequence], [Piece(0, start, stop)], [(0, i) for i in range(start, stop)])
+
     # Looking inside
 
     def ir(self, stage: str) -> str:
@@ -370,13 +384,14 @@ class Decoder:
 
     # The self-check
 
-    def _cached_logits(self, seed: int) -> CachedLogits:
+    def _cached_logits(self, seed: int, num_seqs: int | None = None) -> CachedLogits:
         return CachedLogits(
             self._engine.run_rows,
             self._step.cache_groups,
             max_seqs=self._step.max_seqs,
             max_seq_len=self._step.max_seq_len,
             seed=seed,
+            num_seqs=num_seqs,
         )
 
     def _self_check(self, seed: int) -> CheckResult:

@@ -56,8 +56,7 @@ def save_orbax(
     """
     import orbax.checkpoint
 
-    if path.exists():
-        raise CheckpointError(f"{path}: exists already; remove it or save elsewhere")
+    check_new(path)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -89,6 +88,12 @@ def save_orbax(
             os.rename(folder, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
+
+
+def check_new(path: Path) -> None:
+    """Raises CheckpointError if a checkpoint cannot be saved there since something is."""
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; remove it or save elsewhere")
 
 
 def read_orbax(
