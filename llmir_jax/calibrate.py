@@ -38,6 +38,7 @@ from llmir_jax.quantization import (
     mixed_precision_plan,
     plain_rounding,
     quantize_calibrated,
+    weight_rounding,
 )
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
@@ -133,6 +134,20 @@ class Calibrator:
         assert totals is not None
         counts = [n * len(self._windows) for n in rows]
         return Calibrated(calibration=self.calibration, statistics=_by_matrix(observations, totals, counts))
+
+    def notes(self, plan: Plan, calibrated: Calibrated) -> list[str]:
+        """What calibration did, for the report."""
+        about = f"calibrated on {self._windows.size:,} tokens"
+        rounded = [path for path, scheme in plan.schemes.items() if not self._is_stored(scheme, path)]
+        notes = [f"{about}: {len(rounded)} weights rounded by {self.calibration.weights}"]
+        if kept := len(plan.schemes) - len(rounded):
+            notes[0] += f", {kept} kept as the checkpoint has them"
+        seen = {path for path, _ in calibrated.statistics}
+        method, why = weight_rounding(None, self.calibration)
+        notes += [f"{path}: rounded by {method}: {why}" for path in rounded if why is not None and path not in seen]
+        if any(scheme.static_activations for scheme in plan.schemes.values()):
+            notes.append(f"{about}: static scales of activations by {self.calibration.activations}")
+        return notes
 
     def _statistics(self, scheme: Scheme, path: str) -> list[str]:
         """What must be seen of a weight's inputs: nothing if it stays as it is stored and activations are dynamic."""
@@ -239,6 +254,8 @@ class Planner:
         self._encode = encode
         self.rounding: Rounding = plain_rounding
         """How the weights of the plan are rounded."""
+        self.notes: Sequence[str] = ()
+        """For the report."""
 
     def plan(
         self, shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, tuple[int, int]], max_seq_len: int
@@ -263,6 +280,7 @@ class Planner:
             plan = make_plan(self._quantize, shapes, matrices=matrices, stored=stored)
         calibrated = calibrator.observe(plan)
         self.rounding = calibrated.round
+        self.notes = calibrator.notes(plan, calibrated)
         return replace(plan, activation_scales=calibrated.scales(plan))
 
     def _mixed(

@@ -225,7 +225,7 @@ class Decoder:
             plan=derived.plan,
             texts=texts,
             recorder=recorder,
-            notes=derived.notes,
+            notes=[*derived.notes, *planner.notes],
             platform=platform,
         )
         if verify:

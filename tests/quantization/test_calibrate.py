@@ -130,6 +130,7 @@ def test_decoder(weights: Any) -> None:
     calibrated = build(params, "int4-g16", calibration=calibration)  # checks itself too
     error = np.square(calibrated.logits([sequence])[0] - exact).mean()
     plain = np.square(build(params, "int4-g16", verify=False).logits([sequence])[0] - exact).mean()
+    assert f"calibrated on 416 tokens: 5 weights rounded by {weights}" in calibrated.report().notes
     if weights == "min-max":
         assert error == pytest.approx(plain, rel=1e-3)
     elif weights == "percentile":
