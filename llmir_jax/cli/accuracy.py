@@ -26,7 +26,7 @@ SCHEMES = (
     *("int8-channel", "int4-g64", "int4-g32-zp", "int4-g32-min"),
     *(f"{KV_CACHE}{name}" for name in options.KV_CACHES),
 )
-CALIBRATED = ("int4-g64+gptq", "int4-g64+mse", "int4-g64+percentile", "int8-g32-a8-g32-static", "mixed-4.25")
+CALIBRATED = ("int4-g64+gptq", "int4-g64+mse", "int8-g32-a8-g32-static", "mixed-4.25")
 """With a text: ways to round, static scales of activations, and mixed widths at the size of int4-g64."""
 WINDOW = 512  # tokens
 
