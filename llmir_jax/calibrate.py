@@ -21,6 +21,7 @@ from llmir_jax.analysis.align import main_function
 from llmir_jax.derive import TraceAt, prepare
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
+from llmir_jax.dialects.llm import OBSERVED
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_module, make_context
 from llmir_jax.quantization import (
@@ -34,6 +35,7 @@ from llmir_jax.quantization import (
     Rounding,
     Scheme,
     activation_scales,
+    check_ids,
     make_plan,
     mixed_precision_plan,
     plain_rounding,
@@ -92,16 +94,17 @@ class Calibrator:
     ) -> None:
         """Raises LlmirError for text that gives no tokens, see `Calibration.windows`."""
         calibration = replace(calibration, window=min(calibration.window, max_seq_len))
-        windows = calibration.windows(encode)
-        traced = trace_at(windows.shape[1])
+        self._windows = calibration.windows(encode)
+        traced = trace_at(self._windows.shape[1])
+        check_ids(self._windows, vocab_size=jax.tree.leaves(traced.result)[0].shape[-1])
         self.calibration = calibration
         self._source = source
-        self._windows = calibration.windows(encode, vocab_size=jax.tree.leaves(traced.result)[0].shape[-1])
         self._parameters = [parameter.path for parameter in traced.params]
         self._forward = traced.flat_fn
         self._module = prepare(traced.module.clone())
         RaiseLinearPass().apply(make_context(), self._module)
         self.weights: Weights = find_weights(self._module)
+        self._matrices = self.weights.matrices
 
     @cached_property
     def _values(self) -> list[jax.Array]:
@@ -110,10 +113,12 @@ class Calibrator:
 
     # Observing
 
-    def observe(self, plan: Plan) -> Calibrated:
-        """Run all windows, and keep what rounding by the plan needs to know."""
+    def observe(self, schemes: Mapping[str, Sequence[Scheme]]) -> Calibrated:
+        """Run all windows, and keep what is needed to round each weight, by path, to any of its schemes."""
         wanted = {
-            path: self._statistics(plan.schemes[path], path) for path in self.weights.uses if path in plan.schemes
+            path: [name for name in OBSERVED if any(name in self._statistics(scheme, path) for scheme in schemes[path])]
+            for path in self.weights.uses
+            if path in schemes
         }
         module = self._module.clone()
         weights = find_weights(module)
@@ -149,17 +154,15 @@ class Calibrator:
             notes.append(f"{about}: static scales of activations by {self.calibration.activations}")
         return notes
 
-    def _statistics(self, scheme: Scheme, path: str) -> list[str]:
+    def _statistics(self, scheme: Scheme, path: str) -> set[str]:
         """What must be seen of a weight's inputs: nothing if it stays as it is stored and activations are dynamic."""
-        names = []
+        names = {"histogram"} if scheme.static_activations else set()
         if not self._is_stored(scheme, path):
-            names += {"gptq": ["gram"], "mse": ["histogram"]}.get(self.calibration.weights, [])
-        if scheme.static_activations and "histogram" not in names:
-            names.append("histogram")
-        return ["absmax", *names] if names else []
+            names |= {"gptq": {"gram"}, "mse": {"histogram"}}.get(self.calibration.weights, set())
+        return names | {"absmax"} if names else names
 
     def _is_stored(self, scheme: Scheme, path: str) -> bool:
-        stored, shape = self._source.stored.get(path), self.weights.matrices[path]
+        stored, shape = self._source.stored.get(path), self._matrices[path]
         return stored is not None and stored.same_storage(scheme, shape)
 
     # Measuring
@@ -241,7 +244,13 @@ class Planner:
         trace_at: TraceAt,
         encode: Encode | None = None,
     ) -> None:
-        """Raises LlmirError for mixed precision without a calibration."""
+        """Raises LlmirError for what is no calibration, one that has nothing to round, and mixed precision without."""
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise LlmirError(
+                f"calibration must be an llmir.Calibration, such as Calibration(text=…); got {calibration!r:.50}"
+            )
+        if calibration is not None and quantize is None:
+            raise LlmirError("calibration is for quantized weights: give quantize too, such as 'int4-g64'")
         if isinstance(quantize, MixedPrecision) and calibration is None:
             raise LlmirError(
                 "quantize: mixed precision measures what each width costs on text of yours: give "
@@ -275,28 +284,18 @@ class Planner:
             self._trace_at, self._source, self._calibration, encode=self._encode, max_seq_len=max_seq_len
         )
         if isinstance(self._quantize, MixedPrecision):
-            plan = self._mixed(self._quantize, calibrator, shapes, matrices, stored)
+            calibrated = calibrator.observe(dict.fromkeys(matrices, self._quantize.schemes()))
+
+            def measure(paths: Sequence[str], scheme: Scheme) -> float:
+                return calibrator.divergence(paths, scheme, calibrated.round)
+
+            plan = mixed_precision_plan(self._quantize, shapes, matrices, stored, measure)
         else:
             plan = make_plan(self._quantize, shapes, matrices=matrices, stored=stored)
-        calibrated = calibrator.observe(plan)
+            calibrated = calibrator.observe({path: [scheme] for path, scheme in plan.schemes.items()})
         self.rounding = calibrated.round
         self.notes = calibrator.notes(plan, calibrated)
         return replace(plan, activation_scales=calibrated.scales(plan))
-
-    def _mixed(
-        self,
-        option: MixedPrecision,
-        calibrator: Calibrator,
-        shapes: Mapping[str, tuple[int, ...]],
-        matrices: Mapping[str, tuple[int, int]],
-        stored: Mapping[str, Scheme],
-    ) -> Plan:
-        calibrated = calibrator.observe(Plan(schemes=dict.fromkeys(matrices, option.schemes()[0])))
-
-        def measure(paths: Sequence[str], scheme: Scheme) -> float:
-            return calibrator.divergence(paths, scheme, calibrated.round)
-
-        return mixed_precision_plan(option, shapes, matrices, stored, measure)
 
 
 __all__ = ["Calibrated", "Calibrator", "Encode", "Planner"]

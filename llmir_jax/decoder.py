@@ -158,12 +158,6 @@ class Decoder:
             _check_sizes(max_seq_len=max_seq_len)
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
-        if calibration is not None and not isinstance(calibration, Calibration):
-            raise LlmirError(
-                f"decoder: calibration must be an llmir.Calibration, as Calibration(text=…); got {calibration!r:.50}"
-            )
-        if calibration is not None and quantize is None:
-            raise LlmirError("decoder: calibration is for quantized weights: give quantize too, such as 'int4-g64'")
         platform = _check_target(target)
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()

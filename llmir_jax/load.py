@@ -22,17 +22,7 @@ from llmir_jax.checkpoint.orbax import MANIFEST, read_orbax, save_orbax
 from llmir_jax.checkpoint.safetensors import read_huggingface, read_text_files
 from llmir_jax.checkpoint.source import ParameterSource
 from llmir_jax.errors import CheckpointError, LlmirError, RequestError
-from llmir_jax.quantization import (
-    STORED,
-    Calibration,
-    MixedPrecision,
-    Plan,
-    Quantize,
-    QuantizedArray,
-    Rounding,
-    Scheme,
-    plain_rounding,
-)
+from llmir_jax.quantization import STORED, Calibration, Quantize, QuantizedArray, Scheme
 from llmir_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -90,7 +80,8 @@ class Loaded:
         """`llmir.jit(forward, …).decoder(model, …)`: quantize, mesh and target go to `jit`, the rest to `decoder`.
 
         The decoder has this model's tokenizer and, unless `max_seq_len` is given, its whole context. With `quantize`
-        the weights are quantized one at a time as they are read, and the model is never in memory as floats.
+        the weights are quantized one at a time as they are read; all of them are in memory as floats only for a
+        `calibration`, and for the self-check, which `verify=False` leaves out.
         """
         from llmir_jax.jit import jit  # here, since the compiler is not needed to read a checkpoint
 
@@ -110,16 +101,6 @@ class Loaded:
         `option` and `calibration` are what `quantize` and `calibration` of `decoder` take. Raises LlmirError for what
         they cannot mean, and for weights that cannot be quantized.
         """
-        rounding: Rounding = plain_rounding
-        if calibration is None and not isinstance(option, MixedPrecision):
-            plan = self.source.plan(option)
-        else:
-            plan, rounding = self._calibrated_plan(option, calibration)
-        arrays = {path: self.source.read_quantized(path, scheme, rounding) for path, scheme in plan.schemes.items()}
-        scales = {path: scales for (path, _), scales in plan.activation_scales.items()}
-        return self.with_quantized(arrays, plan.schemes, scales)
-
-    def _calibrated_plan(self, option: Quantize, calibration: Calibration | None) -> tuple[Plan, Rounding]:
         from llmir_jax.calibrate import Planner  # here, since the compiler is not needed to read a checkpoint
         from llmir_jax.trace import trace
 
@@ -132,9 +113,12 @@ class Loaded:
             ),
             encode=None if self.tokenizer is None else self.tokenizer.encode,
         )
-        shapes, matrices = self.source.shapes, self.source.matrices
-        plan = planner.plan(shapes, matrices, self.config.max_seq_len)
-        return plan, planner.rounding
+        plan = planner.plan(self.source.shapes, self.source.matrices, self.config.max_seq_len)
+        arrays = {
+            path: self.source.read_quantized(path, scheme, planner.rounding) for path, scheme in plan.schemes.items()
+        }
+        scales = {path: scales for (path, _), scales in plan.activation_scales.items()}
+        return self.with_quantized(arrays, plan.schemes, scales)
 
     def with_quantized(
         self,

@@ -110,8 +110,8 @@ class Weight:
         for piece in self.pieces:
             assert plan is not None
             scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
-            layout = "" if self.value.layout == "rows" else f" in {self.value.layout}"
-            yield piece.path, f"{self.value.scheme.name}{scheme.activations_name}{layout}{list(piece.matrix.shape)}"
+            name = self.value.scheme.name + scheme.activations_name + self.value.layout_name
+            yield piece.path, f"{name}{list(piece.matrix.shape)}"
 
 
 def read_matrix(
@@ -216,7 +216,7 @@ def dense(
 ) -> list[jax.Array]:
     """The forward's parameters as floats, of the `values` that the weights have and of what `unread` gives.
 
-    Traceable: inside jit, no more of them are in memory than are in use.
+    Traceable: inside jit it is XLA that decides how many of them are in memory at once.
     """
     found: dict[str, jax.Array] = dict(others)
     quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray]]] = {}

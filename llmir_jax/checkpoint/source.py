@@ -154,8 +154,7 @@ class ParameterSource:
         """These parameters with some quantized arrays in their place, which are then `stored`.
 
         `schemes` says which of them are meant to be used with quantized activations, `activation_scales` with which
-        static ones. Raises CheckpointError for what is
-        none of `matrices`, or of another shape.
+        static ones. Raises CheckpointError for what is none of `matrices`, or of another shape.
         """
         scales = {**self.activation_scales, **(activation_scales or {})}
         made = ParameterSource(self.parameters, self._sources, self._reader, activation_scales=scales)

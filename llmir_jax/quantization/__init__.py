@@ -1,7 +1,7 @@
 """Quantized matrices, the schemes by which they are made, and the rules that say which parameter gets which."""
 
 from llmir_jax.quantization.array import QuantizedArray
-from llmir_jax.quantization.calibration import Calibration
+from llmir_jax.quantization.calibration import Calibration, check_ids
 from llmir_jax.quantization.gptq import quantize_calibrated, weight_rounding
 from llmir_jax.quantization.mixed_precision import MixedPrecision, Quantize, check_quantize, mixed_precision_plan
 from llmir_jax.quantization.ranges import activation_scales
@@ -24,6 +24,7 @@ __all__ = [
     "Rules",
     "Scheme",
     "activation_scales",
+    "check_ids",
     "check_quantize",
     "make_plan",
     "mixed_precision_plan",

@@ -73,7 +73,12 @@ class QuantizedArray:
     @property
     def format(self) -> str:
         """The name of its scheme, and of its layout where that is not in rows."""
-        return self.scheme.name if self.layout == "rows" else f"{self.scheme.name} in {self.layout}"
+        return self.scheme.name + self.layout_name
+
+    @property
+    def layout_name(self) -> str:
+        """The end of `format` that is about the layout; empty in rows."""
+        return "" if self.layout == "rows" else f" in {self.layout}"
 
     @property
     def kind(self) -> Kind:

@@ -67,9 +67,7 @@ class Calibration:
         if self.tokens is not None:
             object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
 
-    def windows(
-        self, encode: Callable[[str], Sequence[int]] | None = None, *, vocab_size: int | None = None
-    ) -> np.ndarray:
+    def windows(self, encode: Callable[[str], Sequence[int]] | None = None) -> np.ndarray:
         """Token ids int32 [num_windows, T], T = min(window, number of tokens), to run through the model.
 
         All texts are one stream, cut into windows. The last one starts earlier, in what the one before it has, so that
@@ -77,10 +75,9 @@ class Calibration:
 
         Args:
             encode: the tokenizer's; None where the model has none.
-            vocab_size: of the model, which the ids must be less than.
 
         Raises:
-            LlmirError: text but no `encode`, text that gives no tokens, ids that are not in the vocabulary.
+            LlmirError: text but no `encode`, text that gives no tokens.
         """
         if self.text is None:
             assert self.tokens is not None
@@ -97,14 +94,18 @@ class Calibration:
                 f"calibration: the tokenizer makes no tokens of the text {self.text!r:.60}; {_TEXT_REMEDY}"
             )
         stream = np.asarray(ids, np.int64)
-        if vocab_size is not None and stream.max() >= vocab_size:
-            raise LlmirError(
-                f"calibration: token id {stream.max()} is not in the vocabulary of {vocab_size:,} tokens; "
-                "encode the text with this model's own tokenizer"
-            )
         length = min(self.window, len(stream))
         starts = np.minimum(np.arange(0, len(stream), length), len(stream) - length)
         return stream[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def check_ids(windows: np.ndarray, *, vocab_size: int) -> None:
+    """Raises LlmirError for token ids that are not in a model's vocabulary."""
+    if windows.max() >= vocab_size:
+        raise LlmirError(
+            f"calibration: token id {windows.max()} is not in the vocabulary of {vocab_size:,} tokens; "
+            "encode the text with this model's own tokenizer"
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -33,12 +33,8 @@ _LEAF = 16  # columns that are rounded one by one before their errors go on by a
 _DAMPINGS = 10.0 ** np.arange(5)  # as multiples of the one asked for, until the factorization exists
 
 
-def weight_rounding(
-    statistics: InputStatistics | None, calibration: Calibration | None
-) -> tuple[WeightRounding, str | None]:
+def weight_rounding(statistics: InputStatistics | None, calibration: Calibration) -> tuple[WeightRounding, str | None]:
     """How a weight is rounded, and why not as `calibration.weights` says, for the report."""
-    if calibration is None:
-        return "min-max", None
     if calibration.weights in ("percentile", "min-max"):
         return calibration.weights, None
     if statistics is None:
@@ -53,7 +49,7 @@ def quantize_calibrated(
     scheme: Scheme,
     *,
     statistics: InputStatistics | None,
-    calibration: Calibration | None,
+    calibration: Calibration,
     name: str = "array",
     dtype: DTypeLike | None = None,
 ) -> QuantizedArray:
@@ -65,7 +61,7 @@ def quantize_calibrated(
         array: floats of any dtype.
         scheme: fitted to the shape here.
         statistics: of the K inputs; None where they were not observed, as those of a table of rows.
-        calibration: None for plain rounding.
+        calibration: how to use the statistics.
         name: of the parameter, for errors.
         dtype: that the result stands for; by default the array's.
 
@@ -78,7 +74,7 @@ def quantize_calibrated(
     method, _ = weight_rounding(statistics, calibration)
     if statistics is not None and method != "min-max":
         _check_statistics(statistics, x.shape[1], name)
-    if method == "min-max" or calibration is None:
+    if method == "min-max":
         return quantize(x, scheme, name=name, dtype=dtype)
     group_ranges(x, scheme.group_size or x.shape[1], name)  # refuses what is not finite
     if method == "percentile":

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from command_line import Run, assert_one_line_error
 
 import llmir_jax as llmir
-from llmir_jax.cli.options import parse_quantize
+from llmir_jax import decoder
+from llmir_jax.cli.accuracy import ROUNDINGS
+from llmir_jax.cli.options import KV_CACHES, parse_quantize
+from llmir_jax.quantization.calibration import WeightRounding
 
 SMALL = ("--max-seq-len", 64, "--page-size", 8)
 RULES = ("-q", ".*norm.*=none", "-q", "layers/.*/(mlp|mlp=x)=int4-g16", "-q", "layers.*attn=int8-channel")
@@ -132,3 +135,9 @@ def test_an_existing_path_is_left_alone(run: Run, chat_model: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     result = run("quantize", chat_model, "-q", "int4", "-o", tmp_path / "file" / "below")
     assert_one_line_error(result, 1, "cannot be written")
+
+
+def test_names_are_those_of_the_library() -> None:
+    """The command line lists them itself, since `--help` does not import the compiler."""
+    assert tuple(decoder.KV_CACHES) == KV_CACHES
+    assert set(ROUNDINGS) == set(get_args(WeightRounding))

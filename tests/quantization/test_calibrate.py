@@ -13,7 +13,7 @@ import llmir_jax as llmir
 from llmir_jax.calibrate import Calibrator
 from llmir_jax.decoder import Decoder
 from llmir_jax.errors import LlmirError
-from llmir_jax.quantization import Calibration, InputStatistics, Plan, QuantizedArray, parse_scheme
+from llmir_jax.quantization import Calibration, InputStatistics, QuantizedArray, parse_scheme
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
 from llmir_jax.weights import ModelWeights
@@ -66,9 +66,8 @@ def test_observers() -> None:
     params, tokens = make_params(), texts(0, 30, 9)
     scheme = parse_scheme("int8-channel-a8-static")
     one = calibrator(params, Calibration(tokens=tokens, window=WINDOW))
-    plan = Plan(schemes=dict.fromkeys(one.weights.uses, scheme))
-    assert set(plan.schemes) == {"embed", "layers.qkv", "layers.out", "layers.up", "layers.down"}
-    statistics = one.observe(plan).statistics
+    assert set(one.weights.uses) == {"embed", "layers.qkv", "layers.out", "layers.up", "layers.down"}
+    statistics = one.observe({path: [scheme] for path in one.weights.uses}).statistics
 
     windows = Calibration(tokens=tokens, window=WINDOW).windows()
     assert windows.shape == (3, WINDOW)
@@ -78,7 +77,7 @@ def test_observers() -> None:
             own = InputStatistics.of(rows)
             expected[key] = expected[key] + own if key in expected else own
     assert len(statistics) == len(expected)
-    for path in plan.schemes:
+    for path in one.weights.uses:
         offsets = sorted(offset for name, offset in statistics if name == path)
         for place, offset in enumerate(offsets):
             found, wanted = statistics[path, offset], expected[path, place]
@@ -92,6 +91,16 @@ def test_observers() -> None:
             assert np.abs(found.histogram - wanted.histogram).sum() <= 4
     # Queries, keys and values share one input, and so one set of statistics.
     assert len({id(statistics["layers.qkv", i * WIDTH * WIDTH]) for i in range(3)}) == 1
+
+
+def test_candidates() -> None:
+    """Of a weight that may stay as it is stored, what another of its schemes needs is seen all the same."""
+    params = make_params()
+    one = calibrator(params, Calibration(tokens=texts(12, WINDOW)))
+    stored, other = parse_scheme("int4-g16-min"), parse_scheme("int4-g64")
+    one._source.stored = {"embed": stored, "layers.up": stored}  # type: ignore[misc]
+    found = one.observe({"embed": [stored, other], "layers.up": [stored]}).statistics
+    assert {path for path, _ in found} == {"embed"} and found["embed", 0].gram is not None
 
 
 def test_tied_weight_read_twice() -> None:
@@ -109,7 +118,7 @@ def test_tied_weight_read_twice() -> None:
         trace_at, ModelWeights(flatten_model(w)[1].paths, [w]), Calibration(tokens=tokens), encode=None, max_seq_len=99
     )
     (path,) = one.weights.uses
-    (found,) = one.observe(Plan(schemes={path: parse_scheme("int4-channel")})).statistics.values()
+    (found,) = one.observe({path: [parse_scheme("int4-channel")]}).statistics.values()
     first = np.asarray(jax.nn.one_hot(jnp.asarray(tokens[0]), VOCAB))
     second = np.tanh(first @ np.asarray(w))
     assert found.num_rows == 2 * WINDOW and found.gram is not None
@@ -208,7 +217,7 @@ def test_stored_blocks_stay(data_path: Path, tmp_path: Path) -> None:
         (None, Calibration(tokens=[[1]]), "calibration is for quantized weights: give quantize too"),
         ("int4", Calibration(text="some text"), "has no tokenizer"),
         ("int4", Calibration(tokens=[[1, VOCAB]]), f"token id {VOCAB} is not in the vocabulary of {VOCAB}"),
-        ("int4", "some text", "calibration must be an llmir.Calibration, as"),
+        ("int4", "some text", "calibration must be an llmir.Calibration, such as"),
     ],
 )
 def test_refused(quantize: Any, calibration: Any, message: str) -> None:
@@ -246,3 +255,9 @@ def test_mixed_precision() -> None:
         build(params, option)
     with pytest.raises(LlmirError, match="bits_per_weight=3 is less than 4"):
         build(params, llmir.MixedPrecision(bits_per_weight=3), calibration=calibration)
+
+
+@pytest.mark.parametrize(("option", "calibration"), [("int4", "some text"), (None, Calibration(tokens=[[1]]))])
+def test_refused_when_loaded(data_path: Path, option: Any, calibration: Any) -> None:
+    with pytest.raises(LlmirError, match=r"^calibration (must be an llmir\.Calibration|is for quantized weights)"):
+        llmir.load(data_path / "checkpoints" / "llama").quantize(option, calibration=calibration)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmir_jax.errors import LlmirError
-from llmir_jax.quantization import Calibration
+from llmir_jax.quantization import Calibration, check_ids
 
 
 @given(st.lists(st.lists(st.integers(0, 99), max_size=9), max_size=9).filter(any), st.integers(1, 20))
@@ -25,21 +25,23 @@ def test_windows(tokens: list[list[int]], window: int) -> None:
 def test_text() -> None:
     calibration = Calibration(text="a calm bear", window=4)
     np.testing.assert_array_equal(
-        calibration.windows(lambda text: [ord(c) for c in text], vocab_size=128),
+        calibration.windows(lambda text: [ord(c) for c in text]),
         [[ord(c) for c in part] for part in ("a ca", "lm b", "bear")],
     )
     with pytest.raises(LlmirError, match=r"this model has no tokenizer.*Calibration\(tokens="):
         calibration.windows()
     with pytest.raises(LlmirError, match="makes no tokens of the text 'a calm bear'"):
         calibration.windows(lambda _: [])
-    with pytest.raises(LlmirError, match="token id 114 is not in the vocabulary of 100 tokens"):
-        calibration.windows(lambda text: [ord(c) for c in text], vocab_size=100)
+    windows = calibration.windows(lambda text: [ord(c) for c in text])
+    check_ids(windows, vocab_size=115)
+    with pytest.raises(LlmirError, match="token id 114 is not in the vocabulary of 114 tokens"):
+        check_ids(windows, vocab_size=114)
 
 
 def test_tokens_of_numpy() -> None:
     calibration = Calibration(tokens=np.asarray([[1, 2], [3, 4]], np.int16))  # type: ignore[arg-type]
     assert calibration.tokens == ((1, 2), (3, 4))
-    np.testing.assert_array_equal(calibration.windows(vocab_size=5), [[1, 2, 3, 4]])
+    np.testing.assert_array_equal(calibration.windows(), [[1, 2, 3, 4]])
 
 
 @pytest.mark.parametrize(
