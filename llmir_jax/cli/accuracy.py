@@ -117,7 +117,7 @@ def parse_scheme_name(name: str, calibrate: Path | None) -> dict[str, Any]:
         how = {} if rounding is None else {"weights": rounding}
         served["calibration"] = options.calibration(calibrate, **how)
     if scheme != FLOAT:
-        served["quantize"] = options.parse_quantize([scheme])
+        served["quantize"] = options.parse_quantize([scheme], "--schemes")
     return served
 
 

@@ -76,6 +76,8 @@ def decoder_quantization(
     served: dict[str, Any] = {}
     if quantize:
         served["quantize"] = parse_quantize(quantize)
+        if MIXED.fullmatch(quantize[0]) and calibrate is None:
+            raise click.UsageError(f"--quantize {quantize[0]} measures what each width costs: add --calibrate FILE")
     if calibrate is not None:
         if served.get("quantize") is None:
             raise click.UsageError("--calibrate is for --quantize: add it")
@@ -85,8 +87,11 @@ def decoder_quantization(
     return served
 
 
-def parse_quantize(values: Sequence[str]) -> Any:
-    """What `quantize` of a decoder is, of one scheme for all or of rules. Raises click.UsageError."""
+def parse_quantize(values: Sequence[str], option: str = "--quantize") -> Any:
+    """What `quantize` of a decoder is, of one scheme for all or of rules that `option` was given.
+
+    Raises click.UsageError.
+    """
     from llmir_jax.quantization import check_quantize  # here, since --help needs no JAX
 
     rules = [value for value in values if "=" in value]
@@ -109,7 +114,7 @@ def parse_quantize(values: Sequence[str]) -> Any:
     try:
         check_quantize(parsed)
     except LlmirError as error:  # wrong before any model is looked at
-        raise click.UsageError(f"--{error}") from None
+        raise click.UsageError(f"{option}: {str(error).removeprefix('quantize: ')}") from None
     return parsed
 
 

@@ -205,7 +205,7 @@ def test_samples_of_a_text() -> None:
     ("options", "words"),
     [
         ((), ["--text", "--prompts"]),
-        (("--schemes", "int3"), ["int3", "int4-g64"]),
+        (("--schemes", "int3"), ["--schemes: unknown scheme 'int3'", "int4-g64"]),
         (("--schemes", "int4,,int8"), ["''"]),
         (("--schemes", "kv-fp8"), ["kv-fp8", "kv-int8"]),
         (("--schemes", "int4+int8"), ["'int4+int8'", "two of a kind"]),

@@ -97,6 +97,7 @@ def test_what_quantize_is_parsed_to() -> None:
         (("-q", "mlp="), ["'mlp'"]),
         (("-q", "(mlp=int4"), ["'(mlp'", "regular expression"]),
         (("-q", "mixed-0"), ["bits_per_weight"]),
+        (("-q", "mixed-4.5"), ["--quantize mixed-4.5", "--calibrate"]),
         (("-q", "mlp=mixed-4.25"), ["mixed-4.25"]),
         (("-q", "int4", "--calibrate", "no/such.txt"), ["--calibrate", "no/such.txt"]),
     ],

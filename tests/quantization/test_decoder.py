@@ -293,7 +293,7 @@ def test_zoo_in_int8(entry: Derivable) -> None:
 
 
 def test_saved_and_restored(data_path: Path, tmp_path: Path) -> None:
-    """A quantized model that is saved and loaded again gives the same tokens, and never has its weights as floats."""
+    """A quantized model that is saved and loaded again gives the same tokens; its model of floats is never read."""
     options: dict[str, Any] = {"num_pages": 16, "page_size": 4, "max_seqs": 1, "max_seq_len": 40, "buckets": (8,)}
     loaded = llmir.load(data_path / "checkpoints" / "llama")
     loaded.quantize("int8").save(tmp_path / "int8")
