@@ -196,6 +196,7 @@ class Decoder:
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
+            native=target == "cpu",
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
@@ -335,7 +336,7 @@ class Decoder:
                 if name.startswith("llm.")
             },
             parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
-            parameter_bytes=sum(weight.value.nbytes for weight in self._step.weights),
+            parameter_bytes=sum(weight.nbytes for weight in self._step.weights),
             not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
             unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
             cache_bytes=sum(g.nbytes for g in self._step.cache_groups),
@@ -371,7 +372,8 @@ class Decoder:
 
         @jax.jit
         def forward(values: Sequence[Any], others: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-            (logits,) = self._traced.flat_fn(*dense(parameters, weights, values, others), tokens)
+            own = self._step.values(values)
+            (logits,) = self._traced.flat_fn(*dense(parameters, weights, own, others), tokens)
             return logits.astype(jnp.float32)[0]
 
         def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

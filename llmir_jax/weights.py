@@ -99,6 +99,11 @@ class Weight:
     pieces: tuple[Piece, ...] = ()
     """What a quantized value is made of."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self.value))
+
     def describe(self) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
         if not isinstance(self.value, QuantizedArray):
@@ -108,18 +113,22 @@ class Weight:
             yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
 
 
-def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weight]:
-    """A value for each parameter argument of @main, in order.
+def describe(value: jax.Array | QuantizedArray) -> Any:
+    """The value with shapes and dtypes in place of its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), value)
+
+
+def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> Iterator[Weight]:
+    """A value for each parameter argument of @main, in order, each made when it is asked for.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
     """
     main = main_function(module)
     attributes = signature.argument_attributes(main)
     floats = _LastRead(source)
-    weights: list[Weight] = []
     for arg, path in signature.parameter_paths(main):
         if not isinstance(arg.type, llm.QuantizedTensorType):
-            weights.append(Weight(path=path, value=source.read(path)))
+            yield Weight(path=path, value=source.read(path))
             continue
         assert plan is not None
         pieces: list[Piece] = []
@@ -132,8 +141,7 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> list[Weig
                 values.append(source.read_quantized(part, scheme))
             else:
                 values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
-        weights.append(Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces)))
-    return weights
+        yield Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces))
 
 
 class _LastRead:
@@ -237,4 +245,4 @@ def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype
         yield jnp.zeros(size - at, dtype)
 
 
-__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "fill", "unread"]
+__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "describe", "fill", "unread"]
