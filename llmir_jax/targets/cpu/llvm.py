@@ -139,7 +139,7 @@ class Function:
         linkage = "" if self.is_public else "internal "
         last = [] if self.result != "void" else ["  ret void"]
         body = "\n".join(["entry:", *self._allocas, *self._lines, *last])
-        attributes = f"nounwind {self.attributes}".strip()
+        attributes = f"nounwind noinline {self.attributes}".strip()  # kernels are called from many places
         text = f"define {linkage}{self.result} @{{name}}({parameters}) {attributes} {{\n{body}\n}}\n"
         return self.module.function(stem, text)
 

@@ -318,7 +318,7 @@ def matmul_kernel(module: Module, inputs: InputFormat, *, row_stride: int, num_c
     y is float32 [num_rows, row_stride], of which `num_columns` are written.
     """
     parameters = [("x", "ptr"), ("w", "ptr"), ("y", "ptr noalias"), ("tile", "i64"), ("tiles", "i64")]
-    f = Function(module, parameters, attributes="noinline")
+    f = Function(module, parameters)
     arguments = f.arguments
     x, w, y = (arguments[name] for name in "xwy")
     weight = inputs.weight
