@@ -46,6 +46,8 @@ class DerivedStep:
         recorder: Recorder,
         native: bool = False,
     ):
+        if native:
+            derived = _with_matrices(derived, recorder)
         self._derived = derived
         self._recorder = recorder
         self._modules: dict[int, ModuleOp] = {}
@@ -195,6 +197,13 @@ class DerivedStep:
         if isinstance(kind, llm.QuantizedTensorType):
             return tuple(next(arrays) for _ in kind.parts())
         return next(arrays)
+
+
+def _with_matrices(derived: Derived, recorder: Recorder) -> Derived:
+    """The derived step with its float weights in the form that native code packs."""
+    from llmir_jax.transforms.matrix_weights import MatrixWeightsPass
+
+    return replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
 
 
 def _zeros(kind: Attribute) -> jax.Array:

@@ -7,7 +7,9 @@ from typing import Any, Protocol, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
@@ -15,7 +17,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.quantization import Plan, QuantizedArray, Scheme, quantize
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
-from llmir_jax.transforms.weight_quantization import stored_matrices
+from llmir_jax.transforms.weight_quantization import PARTS, ROWS, stored_matrices
 
 
 class WeightSource(Protocol):
@@ -82,10 +84,12 @@ class Piece:
     start: int
     stop: int
 
-    def of(self, value: QuantizedArray) -> QuantizedArray:
+    def of(self, value: QuantizedArray | jax.Array) -> QuantizedArray | jax.Array:
         """These rows of the argument's value. Traceable."""
         if (self.start, self.stop) == (0, value.shape[0]):
             return value
+        if not isinstance(value, QuantizedArray):
+            return value[self.start : self.stop]
         rows: QuantizedArray = jax.tree.map(lambda part: part[self.start : self.stop], value)
         return replace(rows, shape=(self.stop - self.start, value.shape[1]))
 
@@ -106,11 +110,11 @@ class Weight:
 
     def describe(self) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
-        if not isinstance(self.value, QuantizedArray):
-            yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
-            return
+        kind = self.value.scheme.name if isinstance(self.value, QuantizedArray) else str(self.value.dtype)
+        if not self.pieces:
+            yield self.path, f"{kind}{list(self.value.shape)}"
         for piece in self.pieces:
-            yield piece.path, f"{self.value.scheme.name}{list(piece.matrix.shape)}"
+            yield piece.path, f"{kind}{list(piece.matrix.shape)}"
 
 
 def describe(value: jax.Array | QuantizedArray) -> Any:
@@ -128,7 +132,7 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> Iterator[
     floats = _LastRead(source)
     for arg, path in signature.parameter_paths(main):
         if not isinstance(arg.type, llm.QuantizedTensorType):
-            yield Weight(path=path, value=source.read(path))
+            yield _float_weight(path, attributes[arg.index], source, floats)
             continue
         assert plan is not None
         pieces: list[Piece] = []
@@ -142,6 +146,21 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> Iterator[
             else:
                 values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
         yield Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces))
+
+
+def _float_weight(
+    path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead"
+) -> Weight:
+    """A parameter as it is, or the matrix that an argument has of one or of several."""
+    if ROWS not in attributes and PARTS not in attributes:
+        return Weight(path=path, value=source.read(path))
+    pieces: list[Piece] = []
+    values = []
+    for part, matrix in stored_matrices(attributes):
+        start = pieces[-1].stop if pieces else 0
+        pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
+        values.append(matrix.read(floats.read(part)))
+    return Weight(path=path, value=np.concatenate(values), pieces=tuple(pieces))
 
 
 class _LastRead:
@@ -207,7 +226,7 @@ def dense(
     Traceable: inside jit, no more of them are in memory than are in use.
     """
     found: dict[str, jax.Array] = dict(others)
-    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray]]] = {}
+    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray | jax.Array]]] = {}
     for weight, value in zip(weights, values, strict=True):
         if not weight.pieces:
             found[weight.path] = value
@@ -219,7 +238,7 @@ def dense(
     ]
 
 
-def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray]]) -> jax.Array:
+def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]]) -> jax.Array:
     """A parameter put together from the matrices that lie in it; zeros where there is none."""
     pairs = sorted(parts, key=lambda pair: pair[0].offset)
     size = prod(parameter.shape)
@@ -227,11 +246,16 @@ def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, Quantiz
         return jnp.concatenate(list(_runs(pairs, size, parameter.dtype))).reshape(parameter.shape)
     whole = jnp.zeros(size, parameter.dtype)
     for matrix, value in pairs:
-        whole = whole.at[matrix.places()].set(value.dequantize(parameter.dtype))
+        whole = whole.at[matrix.places()].set(_floats(value, parameter.dtype))
     return whole.reshape(parameter.shape)
 
 
-def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype: Any) -> Iterator[jax.Array]:
+def _floats(value: QuantizedArray | jax.Array, dtype: Any) -> jax.Array:
+    return value.dequantize(dtype) if isinstance(value, QuantizedArray) else value.astype(dtype)
+
+
+def _runs(
+    pairs: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]], size: int, dtype: Any) -> Iterator[jax.Array]:
     """The parameter's memory, run by run."""
     at = 0
     for matrix, value in pairs:
@@ -239,7 +263,7 @@ def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype
         begin, length = matrix.span
         if begin > at:
             yield jnp.zeros(begin - at, dtype)
-        yield matrix.in_memory_order(value.dequantize(dtype))
+        yield matrix.in_memory_order(_floats(value, dtype))
         at = begin + length
     if at < size:
         yield jnp.zeros(size - at, dtype)

@@ -164,6 +164,10 @@ class Evaluator:
     def _make(self, value: SSAValue, indices: list[Index]) -> Value:
         if value in self.stored.buffers:
             buffer = self.stored.buffers[value]
+            if value in self.stored.formats:
+                n, k = indices
+                tile = (n // ROWS) * (ROWS * self.stored.formats[value].num_columns)
+                return self.load(buffer, [tile + k * ROWS + n % ROWS])
             loaded = self.load(buffer, indices)
             return self.f.cast("trunc", loaded, "i1") if buffer.element == "i8" else loaded
         assert not isinstance(value, BlockArgument), value

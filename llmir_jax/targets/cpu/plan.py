@@ -28,6 +28,7 @@ from xdsl_jax.dialects import stablehlo
 from llmir_jax.analysis.align import location
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
+from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.interop import op_name
 from llmir_jax.targets.cpu import attention, expressions
 from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
@@ -48,6 +49,7 @@ SMALL = 4096
 COLUMNS_AT_ONCE = 64
 """Columns of a product that are computed before what reads them, where there are many rows."""
 
+_Matmul = llm.QuantizedMatmulOp | llm.LinearOp
 _Norm = llm.RMSNormOp | llm.LayerNormOp
 
 
@@ -99,6 +101,7 @@ def _is_root_op(op: Operation) -> bool:
     return isinstance(
         op,
         llm.QuantizedMatmulOp
+        | llm.LinearOp
         | llm.AttendPagesOp
         | llm.WritePagesOp
         | stablehlo.ReduceOp
@@ -126,6 +129,11 @@ def unsupported_reason(op: Operation) -> str | None:
         return None if kind in expressions.ELEMENTS else f"{where}: of {kind}"
     if isinstance(op, llm.QuantizedMatmulOp):
         return _matmul_reason(op, where)
+    if isinstance(op, llm.LinearOp):
+        plain = isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w)
+        if not plain or {dtype_of(value).name for value in (op.x, op.w, op.output)} != {"float32"}:
+            return f"{where}: its weight is no float32 parameter"
+        return None
     if isinstance(op, llm.QuantizedGatherOp):
         is_weight = isinstance(op.w, BlockArgument) and isinstance(op.w.type, llm.QuantizedTensorType)
         if not is_weight or dtype_of(op.results[0]).name != "float32":
@@ -158,7 +166,7 @@ def _follows_product(value: SSAValue) -> bool:
         if isinstance(op, _Norm):
             return False
         if _is_root_op(op):
-            found |= isinstance(op, llm.QuantizedMatmulOp)
+            found |= isinstance(op, _Matmul)
             continue
         computes |= not is_cheap(op)
         pending += op.operands
@@ -204,7 +212,8 @@ class Planner:
                 self.stored.buffers[arg] = buffer
                 continue
             if place.layout is not None:
-                buffer = Buffer(shape=place.shape, element="i8", strides=(), nbytes=place.nbytes, place="weights")
+                element = "float" if place.layout.bits == 32 else "i8"
+                buffer = Buffer(shape=place.shape, element=element, strides=(1,), nbytes=place.nbytes, place="weights")
                 self.stored.formats[arg] = place.layout
             else:
                 buffer = Buffer.of(place.shape, memory_element(np.dtype(place.dtype)), place="weights")
@@ -212,11 +221,11 @@ class Planner:
             self.stored.buffers[arg] = buffer
         self.num_operands = number
 
-    def _input_format(self, op: llm.QuantizedMatmulOp) -> InputFormat:
+    def _input_format(self, op: _Matmul) -> InputFormat:
         rows = int(np.prod(shape_of(op.x)[:-1], dtype=np.int64))
         layout = self.stored.formats[op.w]
         group = None
-        if op.activation_bits is not None:
+        if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
             size = op.activation_group_size
             group = layout.num_columns if size is None else int(size.value.data)
             group = max(group, layout.block)
@@ -248,7 +257,7 @@ class Planner:
     def _keys_of_use(self, op: Operation, operand: int) -> set[object]:
         if isinstance(op, ReturnOp):
             return {("result", operand)}
-        if isinstance(op, llm.QuantizedMatmulOp):
+        if isinstance(op, _Matmul):
             return {("stored", op.x) if _follows_product(op.x) else ("prepare", op.x, self._input_format(op))}
         if isinstance(op, llm.AttendPagesOp):
             return {("stored", op.q)} if operand == 0 else {("attend", op)}
@@ -290,9 +299,9 @@ class Planner:
         counters = Buffer.of((64,), "i32")
         partials = Buffer.of((16,), "float")
         self.counters, self.partials = counters, partials
-        matmuls: list[tuple[llm.QuantizedMatmulOp, Buffer]] = []
+        matmuls: list[tuple[_Matmul, Buffer]] = []
         for op in self.ops:
-            if isinstance(op, llm.QuantizedMatmulOp):
+            if isinstance(op, _Matmul):
                 matmuls.append((op, self._product_buffer(op)))
             elif isinstance(op, llm.AttendPagesOp):
                 self._reserve(op)
@@ -359,7 +368,7 @@ class Planner:
             buffer = Buffer.of(shape_of(value), memory_element(dtype_of(value)), place="result")
             buffer.offset = number
             self.result_buffers.append(buffer)
-            is_product = isinstance(value.owner, llm.QuantizedMatmulOp)
+            is_product = isinstance(value.owner, _Matmul)
             if is_product and self.keys[value] == {("result", number)} and value not in self.direct:
                 self.direct[value] = buffer
                 continue
@@ -371,7 +380,7 @@ class Planner:
             )
             self._add_root(root)
 
-    def _product_buffer(self, op: llm.QuantizedMatmulOp) -> Buffer:
+    def _product_buffer(self, op: _Matmul) -> Buffer:
         buffer = self.direct.get(op.output)
         if buffer is None:
             shape = shape_of(op.output)
@@ -399,7 +408,7 @@ class Planner:
 
     # Matmuls
 
-    def _matmul_items(self, matmuls: list[tuple[llm.QuantizedMatmulOp, Buffer]]) -> None:
+    def _matmul_items(self, matmuls: list[tuple[_Matmul, Buffer]]) -> None:
         producers = {buffer: self.index[op] for op, buffer in matmuls}
         reads: dict[Root, set[Buffer]] = {}
         for root in self.roots:
@@ -477,7 +486,7 @@ class Planner:
                 taken[offset : offset + each.domain.columns] += 1
         return bool((taken[: product.shape[-1]] == 1).all())
 
-    def _prepare(self, op: llm.QuantizedMatmulOp) -> Buffer:
+    def _prepare(self, op: _Matmul) -> Buffer:
         """The input of a matmul, prepared once for all that take it so."""
         inputs = self._input_format(op)
         key = (op.x, inputs)
@@ -489,7 +498,7 @@ class Planner:
             self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
         return self.prepared[key]
 
-    def _matmul_item(self, op: llm.QuantizedMatmulOp, product: Buffer, attached: list[Attached]) -> None:
+    def _matmul_item(self, op: _Matmul, product: Buffer, attached: list[Attached]) -> None:
         prepared = self._prepare(op)
         inputs = self._input_format(op)
         layout = self.stored.formats[op.w]

@@ -16,8 +16,19 @@ from xdsl.ir import BlockArgument
 
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import dtype_of
+from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.quantization import QuantizedArray
-from llmir_jax.targets.cpu.layout import PackedFormat, pack_weight, packed_format, round_up, unpack_weight
+from llmir_jax.targets.cpu.layout import (
+    PackedFormat,
+    float_format,
+    pack_floats,
+    pack_weight,
+    packed_format,
+    round_up,
+    unpack_floats,
+    unpack_weight,
+)
 from llmir_jax.transforms import signature
 
 ALIGNMENT = 64
@@ -63,6 +74,8 @@ class Arrangement:
             target = content[place.offset : place.offset + place.nbytes]
             if place.layout is None:
                 target[:] = np.ascontiguousarray(np.asarray(value)).view(np.uint8).reshape(-1)
+            elif place.layout.bits == 32:
+                target[:] = pack_floats(np.asarray(value), place.layout)
             else:
                 target[:] = pack_weight(value, place.layout)
         array: jax.Array = jax.dlpack.from_dlpack(content)
@@ -76,6 +89,9 @@ class Arrangement:
             if isinstance(value, QuantizedArray):
                 assert place.layout is not None
                 found.append(unpack_weight(part, place.layout, value))
+                continue
+            if place.layout is not None:
+                found.append(unpack_floats(part, place.layout))
                 continue
             width = np.dtype(place.dtype).itemsize
             parts = part.reshape(-1, width) if width > 1 else part
@@ -100,6 +116,15 @@ def activation_group(weight: BlockArgument) -> int | None:
     return None
 
 
+def _is_linear_weight(arg: BlockArgument) -> bool:
+    """Whether a float argument is the weight [N, K] of a linear layer."""
+    for use in arg.uses:
+        op = use.operation
+        if isinstance(op, llm.LinearOp) and op.w is arg and bool_of(op.transpose_w):
+            return op.x is not arg and dtype_of(arg).name == "float32"
+    return False
+
+
 def arrange(main: FuncOp) -> Arrangement:
     """Places for the parameters of @main."""
     places = []
@@ -110,8 +135,9 @@ def arrange(main: FuncOp) -> Arrangement:
             nbytes, shape, dtype = layout.nbytes, arg.type.get_shape(), np.dtype(np.float32)
         else:
             assert isinstance(arg.type, TensorType)
-            layout, shape, dtype = None, arg.type.get_shape(), element_dtype(arg.type.element_type)
-            nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            shape, dtype = arg.type.get_shape(), element_dtype(arg.type.element_type)
+            layout = float_format(*shape) if _is_linear_weight(arg) else None
+            nbytes = layout.nbytes if layout is not None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         places.append(
             Place(
                 argument=arg.index,
