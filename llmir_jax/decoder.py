@@ -317,9 +317,9 @@ class Decoder:
                 form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, _cache_dtype(kind))
                 forms[form] = forms.get(form, 0) + 1
         names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
-        reference = f"the reference decomposition, compiled by XLA for {self._platform}"
+        server = self._server()
         entries = tuple(
-            AttentionEntry(layers=n, served_by=reference, **dict(zip(names, form, strict=True)))
+            AttentionEntry(layers=n, served_by=server, **dict(zip(names, form, strict=True)))
             for form, n in forms.items()
         )
         check = self._check
@@ -331,7 +331,7 @@ class Decoder:
             attention=entries,
             operations=counts,
             served_by={
-                name: f"{reference} (this version has no kernels of its own)"
+                name: server
                 for name in sorted(counts)
                 if name.startswith("llm.")
             },
@@ -353,6 +353,18 @@ class Decoder:
             seconds=dict(self._recorder.seconds),
             notes=self._notes,
         )
+
+    def _server(self) -> str:
+        """What computes the step, and why."""
+        if self._step.is_native:
+            from llmir_jax.targets.cpu.host import this_host
+            from llmir_jax.targets.cpu.team import team
+
+            return f"native code for {this_host()}, {team().size} threads"
+        reference = f"the reference decomposition, compiled by XLA for {self._platform}"
+        if self._step.not_native:
+            return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
+        return f"{reference} (no kernels of its own were asked for)"
 
     # The self-check
 

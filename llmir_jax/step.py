@@ -46,8 +46,13 @@ class DerivedStep:
         recorder: Recorder,
         native: bool = False,
     ):
+        self.not_native: tuple[str, ...] = ()
+        """Why the step is not native code, where it was to be."""
         if native:
-            derived = _with_matrices(derived, recorder)
+            prepared = _with_matrices(derived, recorder)
+            self.not_native = _reasons(prepared)
+            native = not self.not_native
+            derived = prepared if native else derived
         self._derived = derived
         self._recorder = recorder
         self._modules: dict[int, ModuleOp] = {}
@@ -204,6 +209,13 @@ def _with_matrices(derived: Derived, recorder: Recorder) -> Derived:
     from llmir_jax.transforms.matrix_weights import MatrixWeightsPass
 
     return replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
+
+
+def _reasons(derived: Derived) -> tuple[str, ...]:
+    """Why the step cannot be native code."""
+    from llmir_jax.targets.cpu.plan import reasons
+
+    return tuple(reasons(main_function(derived.module)))
 
 
 def _zeros(kind: Attribute) -> jax.Array:

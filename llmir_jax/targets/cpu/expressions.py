@@ -361,6 +361,9 @@ def _rsqrt(f: Function, x: Value) -> Value:
 
 
 def _sign(f: Function, x: Value) -> Value:
+    if element_of(x.type) != "float":
+        negative = f.select(f.compare("slt", x, _like(x, 0)), _like(x, -1), _like(x, 0))
+        return f.select(f.compare("sgt", x, _like(x, 0)), _like(x, 1), negative)
     one = f.overloaded("llvm.copysign", [_like(x, 1.0), x])
     return f.select(f.fcompare("one", x, _like(x, 0.0)), one, x)
 
@@ -412,15 +415,15 @@ _UNARY: dict[type[Operation], Callable[[Function, Value], Value]] = {
     stablehlo_ext.ErfcOp: lambda f, x: f.binary("fsub", _like(x, 1.0), elementary.erf(f, x)),
     stablehlo_ext.SquareOp: lambda f, x: f.binary("fmul", x, x),
 }
-_FLOAT_ONLY = tuple(
-    kind for kind in _UNARY if kind not in (stablehlo.AbsOp, stablehlo.NegateOp, stablehlo.NotOp)
-)
+_ANY_NUMBER = (stablehlo.AbsOp, stablehlo.NegateOp, stablehlo.NotOp, stablehlo.SignOp)
+_FLOAT_ONLY = tuple(kind for kind in _UNARY if kind not in _ANY_NUMBER)
 # (of floats, of integers, of booleans)
 _BINARY: dict[type[Operation], tuple[str | None, str | None, str | None]] = {
     stablehlo.AddOp: ("fadd", "add", "or"),
     stablehlo.SubtractOp: ("fsub", "sub", None),
     stablehlo.MultiplyOp: ("fmul", "mul", "and"),
-    stablehlo.DivideOp: ("fdiv", None, None),
+    stablehlo.DivideOp: ("fdiv", "sdiv", None),
+    stablehlo.RemainderOp: ("frem", "srem", None),
     stablehlo.MaximumOp: ("llvm.maximum", "llvm.smax", "or"),
     stablehlo.MinimumOp: ("llvm.minimum", "llvm.smin", "and"),
     stablehlo.AndOp: (None, "and", "and"),
@@ -445,6 +448,8 @@ def elementwise(f: Function, op: Operation, operands: list[Value]) -> Value:
     if type(op) in _BINARY:
         name = _BINARY[type(op)][0 if element == "float" else 2 if element == "i1" else 1]
         assert name is not None
+        if name in ("sdiv", "srem"):
+            return _integer_division(f, name, operands)
         return f.overloaded(name, operands) if "." in name else f.binary(name, operands[0], operands[1])
     if isinstance(op, stablehlo.SelectOp):
         return f.select(*operands)
@@ -464,6 +469,19 @@ def elementwise(f: Function, op: Operation, operands: list[Value]) -> Value:
     return _convert(f, operands[0], ELEMENTS[dtype_of(op.results[0]).name])
 
 
+def _integer_division(f: Function, name: str, operands: list[Value]) -> Value:
+    """As XLA has it where C has none: x / 0 = -1, x mod 0 = x, and no trap at the least integer by -1."""
+    x, y = operands
+    is_zero, is_minus = f.compare("eq", y, _like(y, 0)), f.compare("eq", y, _like(y, -1))
+    safe = f.select(f.binary("or", is_zero, is_minus), _like(y, 1), y)
+    result = f.binary(name, x, safe)
+    if name == "sdiv":
+        result = f.select(is_minus, _negate(f, x), result)
+        return f.select(is_zero, _like(x, -1), result)
+    result = f.select(is_minus, _like(x, 0), result)
+    return f.select(is_zero, x, result)
+
+
 def _small_power(op: stablehlo.PowerOp) -> int | None:
     """The exponent, where it is a small whole number."""
     exponent = scalar_constant(op.operands[1])
@@ -475,7 +493,8 @@ def _small_power(op: stablehlo.PowerOp) -> int | None:
 def _power(f: Function, op: stablehlo.PowerOp, operands: list[Value]) -> Value:
     exponent = _small_power(op)
     x = operands[0]
-    assert exponent is not None
+    if exponent is None:
+        return f.overloaded("llvm.pow", operands)  # the library's, element by element
     y = _like(x, 1.0)
     for _ in range(exponent):
         y = f.binary("fmul", y, x)
@@ -520,7 +539,7 @@ def unsupported_reason(op: Operation) -> str | None:
         name = _BINARY[type(op)][{"float32": 0, "bool": 2}.get(kind, 1)]
         return None if name is not None else f"{op_name(op)} at {location(op)}: of {kind}"
     if isinstance(op, stablehlo.PowerOp):
-        return None if _small_power(op) is not None and kind == "float32" else f"{op_name(op)} at {location(op)}"
+        return None if kind == "float32" else f"{op_name(op)} at {location(op)}: of {kind}"
     if type(op) in _UNARY or isinstance(
         op, stablehlo.SelectOp | stablehlo.CompareOp | stablehlo.ClampOp | stablehlo.ConvertOp
     ):

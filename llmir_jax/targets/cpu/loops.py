@@ -255,6 +255,40 @@ class Loops:
 
         return self._rowwise("reduce", columns, rows, body)
 
+    def dot(self, op: stablehlo.DotGeneralOp, target: Buffer) -> tuple[str, list[Buffer]]:
+        """A product of two values that is no matmul with a weight, one element of the result after another."""
+        numbers = op.dot_dimension_numbers
+        sides = [shape_of(op.lhs), shape_of(op.rhs)]
+        batch = [ints(numbers.lhs_batching_dimensions), ints(numbers.rhs_batching_dimensions)]
+        summed = [ints(numbers.lhs_contracting_dimensions), ints(numbers.rhs_contracting_dimensions)]
+        free = [
+            [d for d in range(len(shape)) if d not in (*batch[i], *summed[i])] for i, shape in enumerate(sides)
+        ]
+        inner = tuple(sides[0][d] for d in summed[0])
+        rows, columns = (int(np.prod(s, dtype=np.int64)) for s in (target.shape, inner))
+
+        def body(kernel: Kernel, row: _Row) -> None:
+            f = kernel.f
+            outer = unravel(row.index, target.shape)
+            num_batch, num_left = len(batch[0]), len(free[0])
+            kept = [outer[num_batch : num_batch + num_left], outer[num_batch + num_left :]]
+
+            def product(evaluator: Evaluator, column: Index) -> Value:
+                places = unravel(column, inner)
+                values = []
+                for i, value in enumerate((op.lhs, op.rhs)):
+                    indices = [Index()] * len(sides[i])
+                    for dims, found in ((batch[i], outer[:num_batch]), (free[i], kept[i]), (summed[i], places)):
+                        for d, index in zip(dims, found, strict=True):
+                            indices[d] = index
+                    values.append(evaluator.at(value, indices))
+                return f.binary("fmul", *values)
+
+            total = row.sum(product)
+            f.store(total, kernel.pointer(target), f.mul(row.number, 4), align=4)
+
+        return self._rowwise("dot", columns, rows, body)
+
     def prepare(
         self, value: SSAValue, inputs: InputFormat, target: Buffer
     ) -> tuple[str, list[Buffer]]:

@@ -105,7 +105,8 @@ def _is_root_op(op: Operation) -> bool:
         | llm.AttendPagesOp
         | llm.WritePagesOp
         | stablehlo.ReduceOp
-        | stablehlo.ConcatenateOp,
+        | stablehlo.ConcatenateOp
+        | stablehlo.DotGeneralOp,
     )
 
 
@@ -129,6 +130,9 @@ def unsupported_reason(op: Operation) -> str | None:
         return None if kind in expressions.ELEMENTS else f"{where}: of {kind}"
     if isinstance(op, llm.QuantizedMatmulOp):
         return _matmul_reason(op, where)
+    if isinstance(op, stablehlo.DotGeneralOp):
+        kinds = {dtype_of(value).name for value in (op.lhs, op.rhs, op.results[0])}
+        return None if kinds == {"float32"} else f"{where}: of {', '.join(sorted(kinds))}"
     if isinstance(op, llm.LinearOp):
         plain = isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w)
         if not plain or {dtype_of(value).name for value in (op.x, op.w, op.output)} != {"float32"}:
@@ -305,7 +309,7 @@ class Planner:
                 matmuls.append((op, self._product_buffer(op)))
             elif isinstance(op, llm.AttendPagesOp):
                 self._reserve(op)
-            elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | llm.AttendPagesOp):
+            elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp):
                 self.stored.buffers[op.results[0]] = Buffer.of(
                     shape_of(op.results[0]), memory_element(dtype_of(op.results[0]))
                 )
@@ -417,7 +421,7 @@ class Planner:
         # where the value of a root is made, if not with a matmul
         made = {root.target: root.order for root in self.roots if root.target.place == "scratch"}
         made |= {buffer: self.index[op] for op, buffer in self.stored.statistics.items()}
-        made |= {self.stored.buffers[op.results[0]]: i for op, i in self.index.items() if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp)}
+        made |= {self.stored.buffers[op.results[0]]: i for op, i in self.index.items() if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp)}
         for op, product in matmuls:
             mine = [root for root in self.roots if product in reads[root]]
             attached = []
@@ -643,6 +647,12 @@ class Planner:
                 rows = int(np.prod(target.shape, dtype=np.int64))
                 total = int(np.prod(shape_of(op.operands[0]), dtype=np.int64))
                 self._add_item(i, name, buffers, {target}, ("rows", rows, total // max(rows, 1)))
+            elif isinstance(op, stablehlo.DotGeneralOp):
+                target = self.stored.buffers[op.results[0]]
+                name, buffers = self.loops.dot(op, target)
+                rows = int(np.prod(target.shape, dtype=np.int64))
+                total = int(np.prod(shape_of(op.lhs), dtype=np.int64))
+                self._add_item(i, name, buffers, {target}, ("rows", rows, total))
             elif isinstance(op, stablehlo.ConcatenateOp):
                 self._concatenate_items(op, i)
 
