@@ -24,9 +24,13 @@ from llmir_jax.targets.cpu.host import Host, num_threads, this_host
 from llmir_jax.targets.cpu.llvm import Compiled
 
 TEAM_BYTES = 512
-SPINS = 4000
-"""Times that a thread looks before it yields: some tens of microseconds."""
-YIELDS = 64
+SPINS = 300
+"""Times that a thread looks before it yields: some microseconds, which most waits are shorter than.
+
+Not more: where the system has put two threads of the team on one core, each barrier takes as long.
+"""
+YIELDS = 1000
+"""Times that it yields before it sleeps: about a millisecond on an idle machine, the time between two steps."""
 
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
 
