@@ -330,11 +330,7 @@ class Decoder:
         return Report(
             attention=entries,
             operations=counts,
-            served_by={
-                name: server
-                for name in sorted(counts)
-                if name.startswith("llm.")
-            },
+            served_by={name: server for name in sorted(counts) if name.startswith("llm.")},
             parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
             parameter_bytes=sum(weight.nbytes for weight in self._step.weights),
             not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},

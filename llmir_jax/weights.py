@@ -148,9 +148,7 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> Iterator[
         yield Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces))
 
 
-def _float_weight(
-    path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead"
-) -> Weight:
+def _float_weight(path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead") -> Weight:
     """A parameter as it is, or the matrix that an argument has of one or of several."""
     if ROWS not in attributes and PARTS not in attributes:
         return Weight(path=path, value=source.read(path))
@@ -255,7 +253,8 @@ def _floats(value: QuantizedArray | jax.Array, dtype: Any) -> jax.Array:
 
 
 def _runs(
-    pairs: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]], size: int, dtype: Any) -> Iterator[jax.Array]:
+    pairs: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]], size: int, dtype: Any
+) -> Iterator[jax.Array]:
     """The parameter's memory, run by run."""
     at = 0
     for matrix, value in pairs:

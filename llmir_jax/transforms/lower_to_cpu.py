@@ -14,7 +14,16 @@ operation that `targets.cpu.plan.unsupported_reason` names is not lowered.
 from dataclasses import dataclass
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ArrayAttr, DictionaryAttr, IntegerAttr, IntegerType, ModuleOp, Signedness, StringAttr, i32
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    DictionaryAttr,
+    IntegerAttr,
+    IntegerType,
+    ModuleOp,
+    Signedness,
+    StringAttr,
+    i32,
+)
 from xdsl.dialects.func import ReturnOp
 from xdsl.passes import ModulePass
 from xdsl_jax.dialects import stablehlo

@@ -19,7 +19,7 @@ import numpy as np
 from xdsl.context import Context
 from xdsl.dialects.builtin import ArrayAttr, BoolAttr, IntegerAttr, ModuleOp, StringAttr, TensorType, f32, i64
 from xdsl.dialects.func import FuncOp
-from xdsl.ir import Attribute, BlockArgument, Operation, SSAValue
+from xdsl.ir import Attribute, BlockArgument, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 from xdsl.transforms.dead_code_elimination import dce
@@ -143,7 +143,12 @@ def merge_linears(module: ModuleOp) -> int:
     length = module.attributes.get(LENGTH)
     groups: dict[SSAValue, list[llm.LinearOp]] = {}
     for op in main.body.block.ops:
-        if isinstance(op, llm.LinearOp) and isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w):
+        if (
+            isinstance(op, llm.LinearOp)
+            and isinstance(op.w, BlockArgument)
+            and op.b is None
+            and bool_of(op.transpose_w)
+        ):
             attributes = signature.argument_attributes(main)[op.w.index]
             if (ROWS in attributes or PARTS in attributes) and len(list(op.w.uses)) == 1:
                 groups.setdefault(op.x, []).append(op)

@@ -219,7 +219,9 @@ def _gather(op: stablehlo.GatherOp, value: SSAValue, parameter: BlockArgument, t
         ids = builder.reshape(source, ids_shape)
         rows_type = tensor([*ids_shape, matrix.shape[1]], result.get_element_type())
         if isinstance(weight.type, TensorType):  # floats, for ``matrix-weights``
-            rows = builder.reshape(builder.take(weight, builder.reshape(ids, (prod(ids_shape),)), 0), rows_type.get_shape())
+            rows = builder.reshape(
+                builder.take(weight, builder.reshape(ids, (prod(ids_shape),)), 0), rows_type.get_shape()
+            )
         else:
             rows = builder.insert(llm.QuantizedGatherOp(weight, ids, result_type=rows_type)).results[0]
         shaped = builder.reshape(rows, [*ids_shape, *whole])

@@ -50,6 +50,10 @@ class Guarded:
             _libc.mprotect(place, PAGE, 3)
 
 
+def parts_of(kind):
+    return kind.parts() if isinstance(kind, llm.CompositeType) else (kind,)
+
+
 def parse(text: str) -> ModuleOp:
     context = make_context()
     context.load_dialect(llm.LLM)
@@ -62,7 +66,10 @@ def run_reference(module: ModuleOp, values: Sequence[Any]) -> list[np.ndarray]:
     """Results of @main, for a value of each of its arguments."""
     lowered = module.clone()
     LowerToReferencePass().apply(make_context(), lowered)
-    flat = [part for value in values for part in (value.composite_parts() if isinstance(value, QuantizedArray) else [value])]
+    flat: list[Any] = []
+    for value in values:
+        parts = value if isinstance(value, tuple) else (value,)
+        flat += value.composite_parts() if isinstance(value, QuantizedArray) else parts
     return [np.asarray(x) for x in jax.jit(lambda *arrays: call_module(lowered, *arrays))(*flat)]
 
 
@@ -84,7 +91,7 @@ def run_native(
     arrangement = arrange(main)
     planner = Planner(main, arrangement, host, workers.size)
     plan = planner.run()
-    num_results = len(planner.ops[-1].operands) + 1
+    num_results = planner.num_results + 1
     code = Compiled(plan.text + handler_ir(planner.num_operands, num_results) + _RUN, host)
     parameters = {place.argument for place in arrangement.places}
     packed = arrangement.fill(v for i, v in enumerate(values) if i in parameters)
@@ -94,14 +101,13 @@ def run_native(
             parts = value if isinstance(value, tuple) else (value,)
             buffers += [Guarded(np.asarray(part)) for part in parts]
     results = {}
-    for number, value in enumerate(planner.ops[-1].operands):
+    types = [part for value in planner.ops[-1].operands for part in parts_of(value.type)]
+    for number, kind in enumerate(types):
         if number in planner.page_results:
-            results[number] = buffers[planner.stored.buffers[planner.page_results[number]].offset]
-            buffers_of = results[number]
+            results[number] = buffers[planner.page_results[number].offset]
         else:
-            shape, dtype = value.type.get_shape(), element_dtype(value.type.element_type)
-            buffers_of = results[number] = Guarded(np.zeros(shape, dtype))
-        buffers.append(buffers_of)
+            results[number] = Guarded(np.zeros(kind.get_shape(), element_dtype(kind.element_type)))
+        buffers.append(results[number])
     scratch = np.random.default_rng().integers(0, 256, max(plan.scratch_bytes, 1), np.uint8)
     buffers.append(Guarded(scratch))
     table = (ctypes.c_void_p * len(buffers))(*[buffer.address for buffer in buffers])

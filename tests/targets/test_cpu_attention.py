@@ -52,7 +52,9 @@ def build(case: Case, seed: int):
     rows = sum(case.tokens) + case.padding
     tables = rng.permutation(num_pages)[: num_seqs * per_seq].reshape(num_seqs, per_seq)
     seq_ids = np.concatenate([np.repeat(np.arange(num_seqs), case.tokens), np.zeros(case.padding)])
-    positions = np.concatenate([*(b + np.arange(t) for t, b in zip(case.tokens, case.before, strict=False)), np.zeros(case.padding)])
+    positions = np.concatenate(
+        [*(b + np.arange(t) for t, b in zip(case.tokens, case.before, strict=False)), np.zeros(case.padding)]
+    )
     arrays = {
         "k_pages": rng.normal(size=(num_pages, case.page_size, case.kv_heads, case.dim)),
         "v_pages": rng.normal(size=(num_pages, case.page_size, case.kv_heads, case.value_dim)),

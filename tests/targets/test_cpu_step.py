@@ -88,7 +88,9 @@ def layer(seed: int, rows: int, width: int = 48, heads: int = 4, hidden: int = 4
 @pytest.mark.parametrize("width", [48, 128])
 @pytest.mark.parametrize("rows", [1, 6, 50])
 def test_layer(rows: int, width: int) -> None:
-    module, values = layer(int(np.random.default_rng().integers(1 << 30)), rows, width, hidden=40 if width == 48 else 192)
+    module, values = layer(
+        int(np.random.default_rng().integers(1 << 30)), rows, width, hidden=40 if width == 48 else 192
+    )
     for got, expected in zip(run_native(module, values, repeats=2), run_reference(module, values), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 

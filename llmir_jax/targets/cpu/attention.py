@@ -12,14 +12,20 @@ the scores of a block are one vector a head.
 
 from dataclasses import dataclass
 
+from xdsl.dialects.builtin import TensorType
+from xdsl.ir import Attribute, SSAValue
+
+from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
 from llmir_jax.targets.cpu import elementary
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
+from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant, constants, lanes_of, vector
+from llmir_jax.targets.cpu.matmul import half_to_float
 
 MAX_HEADS = 4
 """M: query heads whose sums stay in registers beside each other."""
@@ -40,8 +46,7 @@ class AttentionShape:
     def of(op: llm.AttendPagesOp, num_threads: int) -> "AttentionShape":
         """Of an op."""
         num_rows, num_heads, head_dim = shape_of(op.q)
-        pages = op.k_pages.type.get_shape()  # type: ignore[union-attr]
-        values = op.v_pages.type.get_shape()  # type: ignore[union-attr]
+        pages, values = (_page_shape(pages.type) for pages in (op.k_pages, op.v_pages))
         return AttentionShape(
             num_rows=num_rows,
             num_heads=num_heads,
@@ -78,6 +83,11 @@ class AttentionShape:
         return 4 * self.num_rows * self.num_segments
 
 
+def _page_shape(kind: Attribute) -> tuple[int, ...]:
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+    return tuple(kind.get_shape())
+
+
 def width_for(size: int, lanes: int) -> int:
     """The widest vector that divides a size."""
     while size % lanes:
@@ -108,6 +118,10 @@ class _Attention:
         self.id, self.n = (self.kernel.number(name) for name in ("id", "n"))
         self.q, self.output = self.kernel.pointer(q), self.kernel.pointer(output)
         self.keys, self.values = self.kernel.pointer(k_pages), self.kernel.pointer(v_pages)
+        self.k_scales, self.v_scales = (
+            None if pages.scales is None else self.kernel.pointer(pages.scales) for pages in (k_pages, v_pages)
+        )
+        self.k_bytes, self.v_bytes = k_pages.width, v_pages.width
         self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
         self.page_size = k_pages.shape[1]
         self.lanes = module.host.lanes
@@ -117,11 +131,11 @@ class _Attention:
         self.window = optional_int_of(op.window)
         self.causal = bool_of(op.causal)
 
-    def scalar(self, value: object, indices: list[Index], variables: dict[Var, Number]) -> Value:
+    def scalar(self, value: SSAValue, indices: list[Index], variables: dict[Var, Number]) -> Value:
         """An int32 input as i64."""
         none = Var("lane", 1)
         evaluator = Evaluator(self.f, self.stored, self.kernel.pointer, {**variables, none: 0}, none, 1)
-        return self.f.cast("sext", evaluator.at(value, indices), "i64")  # type: ignore[arg-type]
+        return self.f.cast("sext", evaluator.at(value, indices), "i64")
 
     def span(self, row: Number) -> tuple[Number, Number, Value, Value]:
         """(first block, blocks, first key, end) of the keys that a token sees, and … its position by `position`."""
@@ -312,7 +326,9 @@ class _Attention:
             sums.append(f.binary("fadd", *parts))
             for v in range(vectors):
                 place = 2 * heads + h * vectors + v
-                scaled = [f.binary("fmul", x[place], f.splat(s, self.v_width)) for x, s in zip((a, b), scales, strict=True)]
+                scaled = [
+                    f.binary("fmul", x[place], f.splat(s, self.v_width)) for x, s in zip((a, b), scales, strict=True)
+                ]
                 values.append(f.binary("fadd", *scaled))
         return largest + sums + values
 
@@ -361,9 +377,8 @@ class _Attention:
         else:
             rows = [self._row_of_key(f.minimum(f.add(key, i), last), sequence) for i in range(self.block)]
         scores = self._scores(q, kv_head, rows)
-        numbers = f.binary(
-            "add", f.splat(f.value(key), self.block), constants("i64", range(self.block))
-        )
+        k_scales, v_scales = (self._scales(scales, kv_head, rows) for scales in (self.k_scales, self.v_scales))
+        numbers = f.binary("add", f.splat(f.value(key), self.block), constants("i64", range(self.block)))
         seen = f.compare("slt", numbers, f.splat(end, self.block))
         if self.window is not None:
             seen = f.binary("and", seen, f.compare("sge", numbers, f.splat(start, self.block)))
@@ -372,6 +387,8 @@ class _Attention:
         weights_at = f.alloca(4 * self.block * heads)
         largest, sums, kept = [], [], []
         for h, score in enumerate(scores):
+            if k_scales is not None:
+                score = f.binary("fmul", score, k_scales)
             score = f.binary("fmul", score, constant("float", scale, self.block))
             if softcap is not None:
                 capped = elementary.tanh(f, f.binary("fmul", score, constant("float", 1 / softcap, self.block)))
@@ -382,7 +399,8 @@ class _Attention:
             top = f.overloaded("llvm.maxnum", [state[h], f.reduce("fmax", score)])
             weight = elementary.fast_exp(f, f.binary("fsub", score, f.splat(top, self.block)))
             weight = f.select(seen, weight, constant("float", 0.0, self.block))
-            f.store(weight, weights_at, 4 * self.block * h, align=4 * self.block)
+            scaled = weight if v_scales is None else f.binary("fmul", weight, v_scales)
+            f.store(scaled, weights_at, 4 * self.block * h, align=4 * self.block)
             scale_old = elementary.fast_exp(f, f.binary("fsub", state[h], top))
             largest.append(top)
             kept.append(scale_old)
@@ -395,13 +413,32 @@ class _Attention:
         values = self._weigh(weights_at, kv_head, key, start, end, sequence, rows, values)
         return largest + sums + values
 
+    def _scales(self, scales: Value | None, kv_head: Number, rows: list[Number]) -> Value | None:
+        """Scales of the block's keys, of pages in 8 bits; those of keys that do not exist may be anything."""
+        if scales is None:
+            return None
+        f = self.f
+        found = []
+        for row in rows:
+            place = f.mul(f.add(f.mul(row, self.shape.num_kv_heads), kv_head), 2)
+            found.append(f.load("half", scales, place, align=2))
+        return half_to_float(f, f.join(found))
+
+    def _load(self, width: int, base: Value, offset: int, size: int) -> Value:
+        """Keys or values as floats: `offset` elements of `size` bytes after `base`."""
+        if size == 4:
+            return self.f.load(vector("float", width), base, 4 * offset, align=4)
+        integers = self.f.load(vector("i8", width), base, offset, align=1)
+        return self.f.cast("sitofp", self.f.cast("sext", integers, "i32"), "float")
+
     def _bias(self, h: int, head0: Number, numbers: Value, position: Value) -> Value:
         f = self.f
 
         none = Var("lane", 1)
         evaluator = Evaluator(f, self.stored, self.kernel.pointer, {none: 0}, none, 1)
         head = dynamic(f.value(f.add(head0, h)), self.shape.num_heads)
-        slope = evaluator.at(self.op.slopes, [head])  # type: ignore[arg-type]
+        assert self.op.slopes is not None
+        slope = evaluator.at(self.op.slopes, [head])
         distance = f.cast("sitofp", f.binary("sub", numbers, f.splat(position, self.block)), "float")
         return f.binary("fmul", f.splat(slope, self.block), distance)
 
@@ -412,10 +449,11 @@ class _Attention:
         count = shape.head_dim // width
         partial: list[list[Value]] = [[] for _ in range(shape.heads)]
         for row in rows:
-            base = f.at(self.keys, f.mul(f.add(f.mul(row, shape.num_kv_heads), kv_head), 4 * shape.head_dim))
+            place = f.add(f.mul(row, shape.num_kv_heads), kv_head)
+            base = f.at(self.keys, f.mul(place, self.k_bytes * shape.head_dim))
             totals: list[Value | None] = [None] * shape.heads
             for i in range(count):
-                key = f.load(kind, base, 4 * width * i, align=4)
+                key = self._load(width, base, width * i, self.k_bytes)
                 for h in range(shape.heads):
                     query = f.load(kind, q, 4 * (h * shape.head_dim + width * i), align=4)
                     total = totals[h]
@@ -438,7 +476,6 @@ class _Attention:
     ) -> list[Value]:
         """Values of the block's keys added, each times its weight; of keys that exist only."""
         f, shape, width = self.f, self.shape, self.v_width
-        kind = vector("float", width)
         vectors = shape.value_dim // width
         skip = f.maximum(f.sub(start, key), 0) if self.window is not None else 0
         stop = f.minimum(f.sub(end, key), self.block)
@@ -451,8 +488,9 @@ class _Attention:
 
         def one(i: Value, carried: list[Value]) -> list[Value]:
             row = f.add(rows[0], i) if table is None else f.load("i64", table, f.mul(i, 8), align=8)
-            base = f.at(self.values, f.mul(f.add(f.mul(row, shape.num_kv_heads), kv_head), 4 * shape.value_dim))
-            loaded = [f.load(kind, base, 4 * width * v, align=4) for v in range(vectors)]
+            place = f.add(f.mul(row, shape.num_kv_heads), kv_head)
+            base = f.at(self.values, f.mul(place, self.v_bytes * shape.value_dim))
+            loaded = [self._load(width, base, width * v, self.v_bytes) for v in range(vectors)]
             result = []
             for h in range(shape.heads):
                 weight = f.load("float", weights_at, f.add(f.mul(i, 4), 4 * self.block * h), align=4)
@@ -514,17 +552,22 @@ def attention_kernel(
     num_threads: int,
 ) -> tuple[str, list[Buffer]]:
     """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers."""
-    return _Attention(
-        module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads
-    ).emit()
+    return _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads).emit()
 
 
-def unsupported_reason(op: llm.AttendPagesOp) -> str | None:
-    """Why an attention has no kernel."""
-    for pages in (op.k_pages, op.v_pages):
-        if isinstance(pages.type, llm.QuantizedTensorType):
-            return "of a quantized cache"
-    return None
+def pages_reason(kind: Attribute, host: Host) -> str | None:
+    """Why pages of a type are not read and written natively."""
+    if not isinstance(kind, llm.QuantizedTensorType):
+        return None if dtype_name(kind) == "float32" else f"of a cache of {dtype_name(kind)}"
+    if not kind.is_symmetric or kind.integer_type.width.data != 8 or str(kind.scale_type) != "f16":
+        return f"of a cache of {kind.integer_type.width.data} bits"
+    return None if host.has_half else "of a quantized cache on a machine without float16 instructions"
 
 
-__all__ = ["AttentionShape", "attention_kernel", "sums_of_lanes", "unsupported_reason"]
+def dtype_name(kind: Attribute) -> str:
+    """Of a tensor type's elements."""
+    assert isinstance(kind, TensorType)
+    return str(element_dtype(kind.element_type))
+
+
+__all__ = ["AttentionShape", "attention_kernel", "sums_of_lanes", "pages_reason"]

@@ -87,7 +87,9 @@ def log(f: Function, x: Value) -> Value:
     lanes = lanes_of(x.type)
     bits = f.bitcast(f.overloaded("llvm.maxnum", [x, _of(x, 1.17549435e-38)]), vector("i32", lanes))
     exponent = f.binary("sub", f.binary("lshr", bits, constant("i32", 23, lanes)), constant("i32", 126, lanes))
-    mantissa = f.binary("or", f.binary("and", bits, constant("i32", 0x807FFFFF, lanes)), constant("i32", 0x3F000000, lanes))
+    mantissa = f.binary(
+        "or", f.binary("and", bits, constant("i32", 0x807FFFFF, lanes)), constant("i32", 0x3F000000, lanes)
+    )
     m = f.bitcast(mantissa, vector("float", lanes))
     e = f.cast("sitofp", exponent, "float")
     small = f.fcompare("olt", m, _of(x, 0.707106781186547524))

@@ -29,6 +29,10 @@ ELEMENTS = {"float32": "float", "int32": "i32", "uint32": "i32", "int64": "i64",
 """LLVM types that values are computed in, by dtype."""
 
 
+_WIDTHS = {"float": 4, "half": 2, "i32": 4, "i64": 8, "i8": 1}
+"""Bytes of an element in memory."""
+
+
 class NotAVector(Exception):
     """The lanes of a value are not side by side in memory."""
 
@@ -43,7 +47,7 @@ class Buffer:
     nbytes: int
     place: str = "scratch"  # or "argument", "result", "weights", "private" (one for each thread)
     offset: int = 0  # number of the argument or result, else bytes
-    parts: Mapping[str, int] = field(default_factory=dict)  # byte offsets of what it is made of
+    scales: "Buffer | None" = None  # of pages in 8 bits: float16 [pages, page size, heads, 1]
 
     @staticmethod
     def of(shape: Sequence[int], element: str, *, row_stride: int | None = None, place: str = "scratch") -> "Buffer":
@@ -53,7 +57,7 @@ class Buffer:
         for d, size in enumerate(reversed(shape)):
             strides.append(stride)
             stride *= row_stride if d == 0 and row_stride is not None else size
-        width = {"float": 4, "i32": 4, "i64": 8, "i8": 1}[element]
+        width = _WIDTHS[element]
         return Buffer(
             shape=tuple(shape), element=element, strides=tuple(reversed(strides)), nbytes=stride * width, place=place
         )
@@ -61,7 +65,7 @@ class Buffer:
     @property
     def width(self) -> int:
         """Bytes of an element."""
-        return {"float": 4, "i32": 4, "i64": 8, "i8": 1}[self.element]
+        return _WIDTHS[self.element]
 
 
 def memory_element(dtype: np.dtype[Any]) -> str:

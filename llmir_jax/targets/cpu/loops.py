@@ -168,6 +168,54 @@ class Loops:
 
         return of
 
+    def writing_int8_pages(
+        self, op: llm.WritePagesOp, pages: Buffer, which: int
+    ) -> Callable[[Domain], tuple[str, list[Buffer]]]:
+        """The same for pages in 8 bits: kernels whose columns are whole heads."""
+        value = (op.k, op.v)[which]
+        num_rows, num_heads, head_dim = shape = shape_of(value)
+        page_size, scales = pages.shape[1], pages.scales
+        assert scales is not None
+
+        def body(kernel: Kernel, row: _Row) -> None:
+            f = kernel.f
+
+            def int_at(operand: SSAValue, indices: list[Index]) -> Value:
+                evaluator, _ = row._at(1, 0, 1)
+                return f.cast("sext", evaluator.at(operand, indices), "i64")
+
+            def element(evaluator: Evaluator, column: Index) -> Value:
+                return evaluator.at(value, unravel(row.index * (num_heads * head_dim) + column, shape))
+
+            def write() -> None:
+                position, sequence = int_at(op.positions, [row.index]), int_at(op.seq_ids, [row.index])
+                seqs, entries = shape_of(op.block_tables)
+                entry = dynamic(f.value(f.div(position, page_size)), entries)
+                page = int_at(op.block_tables, [dynamic(sequence, seqs), entry])
+                slot = f.add(f.mul(page, page_size), f.rem(position, page_size))
+
+                def head_of(head: Value, carried: list[Value]) -> list[Value]:
+                    start = dynamic(head, num_heads) * head_dim
+                    largest = row.segment_max(element, start, head_dim)
+                    rounded = f.cast("fptrunc", f.binary("fdiv", largest, constant("float", 127.0)), "half")
+                    scale = f.cast("fpext", rounded, "float")
+                    positive = f.fcompare("ogt", scale, constant("float", 0.0))
+                    divisor = f.select(positive, scale, constant("float", 1.0))
+                    inverse = f.binary("fdiv", constant("float", 1.0), divisor)
+                    place = f.add(f.mul(slot, num_heads), head)
+                    base = f.at(kernel.pointer(pages), f.mul(place, head_dim))
+                    row.segment_round(element, start, head_dim, divisor, inverse, base, 0, head_dim)
+                    f.store(rounded, kernel.pointer(scales), f.mul(place, 2), align=2)
+                    return []
+
+                lo, hi = (f.div(kernel.number(name), head_dim) for name in ("col_lo", "col_hi"))
+                f.loop(lo, hi, 1, head_of)
+
+            is_token = f.compare("slt", row.number, int_at(op.num_tokens, []))
+            f.when(is_token, write)
+
+        return lambda domain: self._rowwise("write_pages", num_heads * head_dim, num_rows, body)
+
     # Reductions along the last dimension
 
     def _rowwise(
@@ -188,9 +236,7 @@ class Loops:
             return f.finish(stem), kernel.buffers
         raise AssertionError("a single element can always be computed")
 
-    def statistics(
-        self, op: llm.RMSNormOp | llm.LayerNormOp, target: Buffer
-    ) -> tuple[str, list[Buffer]]:
+    def statistics(self, op: llm.RMSNormOp | llm.LayerNormOp, target: Buffer) -> tuple[str, list[Buffer]]:
         """1/σ of each row of a norm's input, of a layer norm the mean before it."""
         shape = shape_of(op.x)
         rows, columns = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
@@ -261,9 +307,7 @@ class Loops:
         sides = [shape_of(op.lhs), shape_of(op.rhs)]
         batch = [ints(numbers.lhs_batching_dimensions), ints(numbers.rhs_batching_dimensions)]
         summed = [ints(numbers.lhs_contracting_dimensions), ints(numbers.rhs_contracting_dimensions)]
-        free = [
-            [d for d in range(len(shape)) if d not in (*batch[i], *summed[i])] for i, shape in enumerate(sides)
-        ]
+        free = [[d for d in range(len(shape)) if d not in (*batch[i], *summed[i])] for i, shape in enumerate(sides)]
         inner = tuple(sides[0][d] for d in summed[0])
         rows, columns = (int(np.prod(s, dtype=np.int64)) for s in (target.shape, inner))
 
@@ -289,9 +333,7 @@ class Loops:
 
         return self._rowwise("dot", columns, rows, body)
 
-    def prepare(
-        self, value: SSAValue, inputs: InputFormat, target: Buffer
-    ) -> tuple[str, list[Buffer]]:
+    def prepare(self, value: SSAValue, inputs: InputFormat, target: Buffer) -> tuple[str, list[Buffer]]:
         """Activations for a matmul: in 8 bits, or as floats with their sums; see `matmul.InputFormat`."""
         shape = shape_of(value)
         weight = inputs.weight
@@ -336,13 +378,17 @@ def _prepare_row(
             inverse = f.select(positive, quotient, constant("float", 0.0))
         for b in range(blocks):
             block = f.add(f.mul(number, blocks), b)
-            place = f.add(f.mul(row.number, inputs.row_bytes), f.mul(block, weight.padded_block * (1 if inverse else 4)))
+            place = f.add(
+                f.mul(row.number, inputs.row_bytes), f.mul(block, weight.padded_block * (1 if inverse else 4))
+            )
             start = at + b * weight.block
             if inverse is None or scale is None:
                 total = row.segment_copy(element, start, weight.block, base, place, weight.padded_block)
                 sides = [] if weight.bits == 32 else [total]
             else:
-                total = row.segment_round(element, start, weight.block, scale, inverse, base, place, weight.padded_block)
+                total = row.segment_round(
+                    element, start, weight.block, scale, inverse, base, place, weight.padded_block
+                )
                 sides = [scale, total, f.binary("fmul", scale, f.cast("sitofp", total, "float"))]
             for i, side in enumerate(sides):
                 offset = f.add(f.mul(row.number, 4 * weight.num_blocks), f.mul(block, 4))
@@ -513,7 +559,9 @@ class _Row:
             quotient = f.binary("fmul", x, by)
             left = f.fma(f.emit(quotient.type, f"fneg {quotient.type} {quotient.ref}"), divisor, x)
             quotient = f.fma(left, by, quotient)
-            q = f.cast("fptosi", f.overloaded("llvm.rint", [quotient]), "i32")
+            limits = [constant("float", limit, evaluator.lanes) for limit in (127.0, -127.0)]
+            whole = f.overloaded("llvm.minnum", [f.overloaded("llvm.rint", [quotient]), limits[0]])
+            q = f.cast("fptosi", f.overloaded("llvm.maxnum", [whole, limits[1]]), "i32")
             f.store(f.cast("trunc", q, "i8"), base, f.add(place, at))
             return q
 

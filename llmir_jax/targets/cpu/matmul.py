@@ -151,9 +151,7 @@ class _Product:
         """Vectors of bytes of a block."""
         return self.weight.padded_block // (8 if self.weight.bits == 4 else 4)
 
-    def _over_vectors(
-        self, state: list[Value], step: Callable[[Number, list[Value]], list[Value]]
-    ) -> list[Value]:
+    def _over_vectors(self, state: list[Value], step: Callable[[Number, list[Value]], list[Value]]) -> list[Value]:
         """step(number of the vector, state) → state for each vector of a block."""
         count = self._vectors()
         whole = 0 if count <= _UNROLLED else count // 8 * 8
@@ -379,9 +377,7 @@ def _store_ragged(f: Function, total: Value, place: Value, tile: Value, last: in
     )
     name = f"llvm.masked.store.v{lanes}f32.p0"
     f.module.declare(name, "void", [total.type, "ptr", "i32", mask.type])
-    f.do(
-        f"call void @{name}({total.type} {total.ref}, ptr {place.ref}, i32 4, {mask.type} {mask.ref})"
-    )
+    f.do(f"call void @{name}({total.type} {total.ref}, ptr {place.ref}, i32 4, {mask.type} {mask.ref})")
 
 
 __all__ = ["InputFormat", "half_to_float", "matmul_kernel", "tokens_at_once"]

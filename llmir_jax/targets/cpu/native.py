@@ -42,9 +42,7 @@ def compile_step(main: FuncOp, arrangement: Arrangement) -> NativeStep:
     if name not in _registered:
         _registered[name] = Compiled(text, host).address("handler")
         register(name, _registered[name])
-    pages = {
-        number: planner.stored.buffers[argument].offset for number, argument in planner.page_results.items()
-    }
+    pages = {number: planner.stored.buffers[argument].offset for number, argument in planner.page_results.items()}
     return NativeStep(target=name, scratch_bytes=plan.scratch_bytes, pages=pages, plan=plan)
 
 

@@ -30,10 +30,10 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.interop import op_name
-from llmir_jax.targets.cpu import attention, expressions
-from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
+from llmir_jax.targets.cpu import expressions
+from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel, pages_reason
 from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element
-from llmir_jax.targets.cpu.host import Host
+from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.index import Index, Var
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat, round_up
@@ -62,6 +62,9 @@ class Root:
     shape: tuple[int, ...]
     body: Callable[[Domain], Body]
     stem: str = "store"
+    emit: Callable[[Domain], tuple[str, list[Buffer]]] | None = None
+    """Makes the kernel, if not of `body`; then only of rows of tokens, and of columns in multiples of `granule`."""
+    granule: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +116,15 @@ def _is_root_op(op: Operation) -> bool:
 def unsupported_reason(op: Operation) -> str | None:
     """Why an operation of a step is not computed natively; None if it is."""
     where = f"{op_name(op)} at {location(op)}"
-    if isinstance(op, ReturnOp | llm.WritePagesOp):
-        quantized = any(isinstance(value.type, llm.QuantizedTensorType) for value in op.operands)
-        return f"{where}: of a quantized cache" if quantized else None
-    if isinstance(op, llm.AttendPagesOp):
-        reason = attention.unsupported_reason(op)
-        return None if reason is None else f"{where}: {reason}"
+    if isinstance(op, ReturnOp):
+        return None
+    if isinstance(op, llm.WritePagesOp | llm.AttendPagesOp):
+        kinds = [op.k_pages.type, op.v_pages.type]
+        other = op.q if isinstance(op, llm.AttendPagesOp) else op.k
+        found = [reason for kind in kinds if (reason := pages_reason(kind, this_host())) is not None]
+        if not found and dtype_of(other).name != "float32":
+            found = [f"of {dtype_of(other).name}"]
+        return f"{where}: {found[0]}" if found else None
     if isinstance(op, stablehlo.ReduceOp):
         reason = reduce_reason(op)
         if reason is not None:
@@ -208,6 +214,15 @@ class Planner:
         number = 1  # operand 0 is the array of weights
         for arg in self.main.body.block.args:
             place = parameters.get(arg.index)
+            if place is None and isinstance(arg.type, llm.QuantizedTensorType):
+                pages, scales = (
+                    Buffer.of(part.get_shape(), element, place="argument")
+                    for part, element in zip(arg.type.parts(), ("i8", "half"), strict=True)
+                )
+                pages.offset, scales.offset, pages.scales = number, number + 1, scales
+                number += 2
+                self.stored.buffers[arg] = pages
+                continue
             if place is None:
                 assert isinstance(arg.type, TensorType)
                 buffer = Buffer.of(shape_of(arg), memory_element(dtype_of(arg)), place="argument")
@@ -318,6 +333,7 @@ class Planner:
                     self.stored.buffers[new] = self.stored.buffers[old]
                     pages = self.stored.buffers[old]
                     value = (op.k, op.v)[which]
+                    in_bytes = pages.scales is not None
                     self._add_root(
                         Root(
                             order=self.index[op],
@@ -325,6 +341,8 @@ class Planner:
                             shape=shape_of(value),
                             body=self.loops.writing_pages(op, pages, which),
                             stem="write_pages",
+                            emit=self.loops.writing_int8_pages(op, pages, which) if in_bytes else None,
+                            granule=shape_of(value)[2] if in_bytes else 1,
                         )
                     )
             elif isinstance(op, _Norm):
@@ -362,18 +380,24 @@ class Planner:
             if isinstance(op, llm.WritePagesOp):
                 for old, new in zip(op.operands[:2], op.results, strict=True):
                     pages[new] = pages.get(old, old)
-        self.page_results: dict[int, BlockArgument] = {}
-        for number, value in enumerate(last.operands):
+        self.page_results: dict[int, Buffer] = {}
+        self.num_results = 0
+        for operand, value in enumerate(last.operands):
+            number = self.num_results
             source = pages.get(value)
             if source is not None:
-                assert isinstance(source, BlockArgument)
-                self.page_results[number] = source
+                held = self.stored.buffers[source]
+                self.page_results[number] = held
+                if held.scales is not None:
+                    self.page_results[number + 1] = held.scales
+                self.num_results += 1 if held.scales is None else 2
                 continue
+            self.num_results += 1
             buffer = Buffer.of(shape_of(value), memory_element(dtype_of(value)), place="result")
             buffer.offset = number
             self.result_buffers.append(buffer)
             is_product = isinstance(value.owner, _Matmul)
-            if is_product and self.keys[value] == {("result", number)} and value not in self.direct:
+            if is_product and self.keys[value] == {("result", operand)} and value not in self.direct:
                 self.direct[value] = buffer
                 continue
             root = Root(
@@ -405,7 +429,7 @@ class Planner:
         value = self.own.get(id(root.target))
         held = self.stored.buffers.pop(value) if value is not None else None
         try:
-            return self.loops.over(domain, root.stem, root.body(domain))
+            return self.loops.over(domain, root.stem, root.body(domain)) if root.emit is None else root.emit(domain)
         finally:
             if value is not None and held is not None:
                 self.stored.buffers[value] = held
@@ -421,15 +445,17 @@ class Planner:
         # where the value of a root is made, if not with a matmul
         made = {root.target: root.order for root in self.roots if root.target.place == "scratch"}
         made |= {buffer: self.index[op] for op, buffer in self.stored.statistics.items()}
-        made |= {self.stored.buffers[op.results[0]]: i for op, i in self.index.items() if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp)}
+        made |= {
+            self.stored.buffers[op.results[0]]: i
+            for op, i in self.index.items()
+            if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp)
+        }
         for op, product in matmuls:
             mine = [root for root in self.roots if product in reads[root]]
             attached = []
             for root in mine:
                 others = reads[root] - {product}
-                late = any(
-                    max(producers.get(buffer, -1), made.get(buffer, -1)) > self.index[op] for buffer in others
-                )
+                late = any(max(producers.get(buffer, -1), made.get(buffer, -1)) > self.index[op] for buffer in others)
                 found = None if late else self._attach(root, product)
                 if found is not None:
                     attached.append(found)
@@ -449,15 +475,15 @@ class Planner:
             columns *= size
             if size == 1 or columns > product.shape[-1] or columns < ROWS:
                 continue
+            if root.emit is not None and total // columns != root.shape[0]:
+                continue
             domain = Domain(total // columns, columns)
             found = self._offsets(root, domain, product, stride)
             if found is not None:
                 best = Attached(root=root, domain=domain, offsets=found[0], width=found[1])
         return best
 
-    def _offsets(
-        self, root: Root, domain: Domain, product: Buffer, stride: int
-    ) -> tuple[tuple[int, ...], int] | None:
+    def _offsets(self, root: Root, domain: Domain, product: Buffer, stride: int) -> tuple[tuple[int, ...], int] | None:
         rows = np.unique(np.linspace(0, domain.rows - 1, 4).astype(np.int64))[:, None]
         columns = np.arange(domain.columns, dtype=np.int64)[None, :]
         variables: dict[Var, Any] = {domain.row(): rows, domain.column(1): columns}
@@ -469,7 +495,7 @@ class Planner:
         ]
         width = ROWS
         while width <= max(domain.columns, ROWS):
-            if width == ROWS or domain.columns % width == 0:
+            if (width == ROWS or domain.columns % width == 0) and width % root.granule == 0:
                 first = [int(read[:, :width].min()) // ROWS * ROWS for read in accessed]
                 if all(
                     ((read - offset) // width == columns // width).all()
@@ -589,7 +615,7 @@ class Planner:
     ) -> None:
         _, rows, columns = split
         own = all(buffer.place == "scratch" for buffer in writes)
-        is_elementwise = name.startswith(("store", "write"))
+        is_elementwise = name.startswith(("store", "write")) and not any(buffer.scales for buffer in writes)
         few_rows = rows < self.num_threads and not is_elementwise and rows * columns <= 16 * SMALL
         if own and (rows * columns <= SMALL or few_rows):
             for buffer in writes:
@@ -768,7 +794,7 @@ class Planner:
         parameters = [("table", "ptr"), ("barrier", "ptr"), ("id", "i64"), ("n", "i64")]
         f = Function(self.module, parameters, is_public=True)
         table, barrier, id_, n = (f.arguments[name] for name, _ in parameters)
-        num_results = len(self.ops[-1].operands)
+        num_results = self.num_results
         loaded: dict[int, Value] = {}
 
         def entry(number: int) -> Value:

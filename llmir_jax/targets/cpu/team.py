@@ -40,7 +40,7 @@ def _pause(host: Host) -> str:
         return "call void @llvm.x86.sse2.pause()"
     if host.triple.startswith(("aarch64", "arm64")):
         return "call void @llvm.aarch64.hint(i32 1)"
-    return "fence syncscope(\"singlethread\") seq_cst"
+    return 'fence syncscope("singlethread") seq_cst'
 
 
 def _declare_pause(host: Host) -> str:
