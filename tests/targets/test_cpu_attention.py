@@ -21,10 +21,11 @@ class Case:
     padding: int = 0
     attributes: str = ""
     slopes: bool = False
+    int8: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}{self.attributes}"
+        return f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}{self.attributes}{'-int8' * self.int8}"
 
 
 CASES = [
@@ -39,6 +40,9 @@ CASES = [
     Case(tokens=(2, 1, 5), attributes=", softcap = 3.0 : f32"),
     Case(tokens=(2, 1, 5), slopes=True, attributes=", softcap = 5.0 : f32, window = 30 : i64"),
     Case(tokens=(1, 3), before=(2, 6), attributes=", causal = false"),
+    Case(int8=True, tokens=(3, 1, 2)),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), int8=True, padding=1),
+    Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), int8=True),
     Case(tokens=(0, 0), before=(4, 4), padding=2),
 ]
 
@@ -73,6 +77,11 @@ def build(case: Case, seed: int):
         is_int = name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens")
         values.append(array.astype(np.int32 if is_int else np.float32))
         kinds[name] = f"tensor<{''.join(f'{n}x' for n in array.shape)}{'i32' if is_int else 'f32'}>"
+        if case.int8 and name.endswith("_pages"):
+            integers = rng.integers(-127, 128, array.shape).astype(np.int8)
+            values[-1] = (integers, rng.random(size=(*array.shape[:-1], 1)).astype(np.float16) / 64)
+            sizes = "x".join(map(str, array.shape))
+            kinds[name] = f"!llm.quantized_tensor<{sizes}xi8, scale=f16, symmetric=true>"
     arguments = ", ".join(f'%{name}: {kind} {{llmir.role = "{name}"}}' for name, kind in kinds.items())
     pages = f"{kinds['k_pages']}, {kinds['v_pages']}"
     ints = ", ".join(kinds[name] for name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens"))
