@@ -1,4 +1,5 @@
-# make demo: a question answered by SmolLM2-135M.   make test: the tests.   PYTHON=python3.13 chooses another Python.
+# make demo: a question answered by SmolLM2-135M.   make test: the tests.   make accuracy: what quantization costs it.
+# PYTHON=python3.13 chooses another Python.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,13 +7,17 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60
 
-.PHONY: demo test lint clean
+.PHONY: demo test accuracy lint clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/llmir generate "What is the capital of France?"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The README's table, on stdout: about ten minutes. The text for calibration is another than the one it is measured on.
+accuracy: $(VENV)/.installed
+	@$(BIN)/llmir accuracy smollm2-135m --text tests/data/gpl-3.0.txt --prompts tests/data/smollm2_greedy.json --calibrate LICENSE
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

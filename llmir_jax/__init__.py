@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from llmir_jax.errors import LlmirError, UnsupportedModelError, VerificationError
     from llmir_jax.jit import jit
     from llmir_jax.load import Loaded, load
+    from llmir_jax.quantization import Calibration, MixedPrecision
     from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
     from llmir_jax.runtime.sampling import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Decoder",
     "LlmirError",
     "Loaded",
+    "MixedPrecision",
     "RequestOutput",
     "RequestUpdate",
     "SamplingParams",
@@ -28,9 +31,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": "quantization",
     "Decoder": "decoder",
     "LlmirError": "errors",
     "Loaded": "load",
+    "MixedPrecision": "quantization",
     "RequestOutput": "runtime.outputs",
     "RequestUpdate": "runtime.outputs",
     "SamplingParams": "runtime.sampling",

@@ -1,7 +1,7 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,14 @@ from numpy.typing import ArrayLike
 from xdsl.dialects.builtin import TensorType
 
 from llmir_jax.analysis.align import main_function
+from llmir_jax.calibrate import Planner
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, type_of
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import op_name
-from llmir_jax.pipeline import PlanWeights, Recorder, derive_step, text_of
-from llmir_jax.quantization import Plan, Quantize, make_plan
+from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.quantization import Calibration, Plan, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -27,6 +28,7 @@ from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
+from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, unread
 
@@ -53,6 +55,13 @@ def _check_target(target: str | None) -> str:
     return platform
 
 
+def _layout_target(platform: str) -> str:
+    """The target that quantized weights are laid out for."""
+    if platform in ("cuda", "rocm"):
+        return "gpu"
+    return platform if platform in LAYOUTS else "reference"
+
+
 def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
     """Numbers of token rows to compile for, rising; one of them holds a token of every sequence."""
     if buckets is not None:
@@ -61,18 +70,6 @@ def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[i
             raise LlmirError("decoder: buckets must not be empty; leave it out for the default")
         return tuple(sorted({*buckets, max(max_seqs, *buckets)}))
     return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
-
-
-def _planner(quantize: Quantize, source: WeightSource) -> PlanWeights | None:
-    """What plans the quantization of weights; None where none is asked for."""
-    if quantize is None:
-        return None
-
-    def plan(shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, tuple[int, int]]) -> Plan:
-        stored = {path: scheme for path, scheme in source.stored.items() if path in matrices}
-        return make_plan(quantize, shapes, matrices=matrices, stored=stored)
-
-    return plan
 
 
 class Decoder:
@@ -124,6 +121,7 @@ class Decoder:
         eos_token_ids: Sequence[int] | None = None,
         target: str | None = None,
         quantize: Quantize = None,
+        calibration: Calibration | None = None,
         kv_cache: str | None = None,
         source: WeightSource | None = None,
         seed: int = 0,
@@ -142,7 +140,9 @@ class Decoder:
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
-                `llmir_jax.quantization.rules`).
+                `llmir_jax.quantization.rules`), or `MixedPrecision`.
+            calibration: text that is run through the model, to round weights by what it shows and to find static scales
+                of activations. The model is in memory as floats meanwhile.
             kv_cache: "int8" or "int4": keys and values are kept as integers with a scale for each token and head. None
                 for the floats that the model computes.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
@@ -158,6 +158,12 @@ class Decoder:
             _check_sizes(max_seq_len=max_seq_len)
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise LlmirError(
+                f"decoder: calibration must be an llmir.Calibration, as Calibration(text=…); got {calibration!r:.50}"
+            )
+        if calibration is not None and quantize is None:
+            raise LlmirError("decoder: calibration is for quantized weights: give quantize too, such as 'int4-g64'")
         platform = _check_target(target)
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
@@ -177,6 +183,13 @@ class Decoder:
             arrays = flatten_params(model)
             source = ModelWeights(flatten_model(model)[1].paths, arrays)
         weights = source
+        planner = Planner(
+            quantize,
+            source,
+            calibration=calibration,
+            trace_at=trace_at,
+            encode=getattr(tokenizer, "encode", None),
+        )
         derived = derive_step(
             trace_at,
             lambda: LazyArrays(weights, [p.path for p in first[0].params]),
@@ -185,14 +198,16 @@ class Decoder:
             page_size=page_size,
             num_pages=num_pages,
             recorder=recorder,
-            plan_weights=_planner(quantize, source),
+            plan_weights=None if quantize is None else planner.plan,
             kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
+            target=_layout_target(platform),
         )
         texts["llm"] = derived.text
         start = time.perf_counter()
         step = DerivedStep(
             derived,
             source,
+            rounding=planner.rounding,
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
@@ -211,7 +226,7 @@ class Decoder:
             plan=derived.plan,
             texts=texts,
             recorder=recorder,
-            notes=derived.notes,
+            notes=[*derived.notes, *planner.notes],
             platform=platform,
         )
         if verify:
@@ -288,6 +303,20 @@ class Decoder:
                 out[seq][i] = row
         return out
 
+    def iter_logits(self, tokens: ArrayLike) -> Iterator[np.ndarray[Any, Any]]:
+        """Logits float32[n, vocab] of one sequence from its first token to its last, n ≤ max_seqs rows at a time.
+
+        For measuring: no more of them are in memory than are in use. It uses the engine's cache, so nothing may be in
+        flight. Raises LlmirError for a sequence that does not fit the pages.
+        """
+        sequence = np.asarray(tokens, np.int32)
+        cached = self._cached_logits(0, num_seqs=1)
+        if len(sequence) > cached.capacity:
+            raise LlmirError(f"iter_logits: at most {cached.capacity} tokens fit the pages, got {len(sequence)}")
+        for start in range(0, len(sequence), self._step.max_seqs):
+            stop = min(start + self._step.max_seqs, len(sequence))
+            yield cached.step([sequence], [Piece(0, start, stop)], [(0, i) for i in range(start, stop)])
+
     # Looking inside
 
     def ir(self, stage: str) -> str:
@@ -325,7 +354,7 @@ class Decoder:
         check = self._check
         values: dict[str, list[str]] = {}
         for weight in self._step.weights:
-            for path, text in weight.describe():
+            for path, text in weight.describe(self._plan):
                 values.setdefault(path, []).append(text)
         return Report(
             attention=entries,
@@ -364,13 +393,14 @@ class Decoder:
 
     # The self-check
 
-    def _cached_logits(self, seed: int) -> CachedLogits:
+    def _cached_logits(self, seed: int, num_seqs: int | None = None) -> CachedLogits:
         return CachedLogits(
             self._engine.run_rows,
             self._step.cache_groups,
             max_seqs=self._step.max_seqs,
             max_seq_len=self._step.max_seq_len,
             seed=seed,
+            num_seqs=num_seqs,
         )
 
     def _self_check(self, seed: int) -> CheckResult:
@@ -409,8 +439,9 @@ class Decoder:
         """What the coarsest numbers that the step computes with allow; weights are the same on both sides."""
         kinds = ["half" if self._computes_in_half() else "float32"]
         ops = list(main_function(self._step.derived_module).body.block.ops)
-        if any(isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None for op in ops):
-            kinds.append("int8 activations")
+        for op in ops:
+            if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
+                kinds.append("int8 activations" if op.activation_scales is None else "static int8 activations")
         kinds += [f"int{g.quantized_bits} cache" for g in self._step.cache_groups if g.quantized_bits is not None]
         return max(RELATIVE_TOLERANCE[kind] for kind in kinds)
 

@@ -16,7 +16,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_module
-from llmir_jax.quantization.rules import Quantize, check_quantize
+from llmir_jax.quantization import Quantize, check_quantize
 from llmir_jax.trace import (
     ModelTree,
     Traced,

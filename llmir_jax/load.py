@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -21,7 +22,17 @@ from llmir_jax.checkpoint.orbax import MANIFEST, read_orbax, save_orbax
 from llmir_jax.checkpoint.safetensors import read_huggingface, read_text_files
 from llmir_jax.checkpoint.source import ParameterSource
 from llmir_jax.errors import CheckpointError, LlmirError, RequestError
-from llmir_jax.quantization import STORED, Quantize, QuantizedArray, Scheme
+from llmir_jax.quantization import (
+    STORED,
+    Calibration,
+    MixedPrecision,
+    Plan,
+    Quantize,
+    QuantizedArray,
+    Rounding,
+    Scheme,
+    plain_rounding,
+)
 from llmir_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,25 +104,50 @@ class Loaded:
             return forward.decoder(self.model, **options)
         return forward.decoder(self.abstract_model, source=self.source, **options)
 
-    def quantize(self, option: Quantize) -> "Loaded":
+    def quantize(self, option: Quantize, *, calibration: Calibration | None = None) -> "Loaded":
         """This model with its weights quantized, now and once, for `save` and for any number of decoders.
 
-        `option` is what `quantize` of `decoder` takes. Raises LlmirError for what it cannot mean, and for weights that
-        cannot be quantized.
+        `option` and `calibration` are what `quantize` and `calibration` of `decoder` take. Raises LlmirError for what
+        they cannot mean, and for weights that cannot be quantized.
         """
-        plan = self.source.plan(option)
-        arrays = {path: self.source.read_quantized(path, scheme) for path, scheme in plan.schemes.items()}
-        return self.with_quantized(arrays, plan.schemes)
+        rounding: Rounding = plain_rounding
+        if calibration is None and not isinstance(option, MixedPrecision):
+            plan = self.source.plan(option)
+        else:
+            plan, rounding = self._calibrated_plan(option, calibration)
+        arrays = {path: self.source.read_quantized(path, scheme, rounding) for path, scheme in plan.schemes.items()}
+        scales = {path: scales for (path, _), scales in plan.activation_scales.items()}
+        return self.with_quantized(arrays, plan.schemes, scales)
+
+    def _calibrated_plan(self, option: Quantize, calibration: Calibration | None) -> tuple[Plan, Rounding]:
+        from llmir_jax.calibrate import Planner  # here, since the compiler is not needed to read a checkpoint
+        from llmir_jax.trace import trace
+
+        planner = Planner(
+            option,
+            self.source,
+            calibration=calibration,
+            trace_at=lambda length: trace(
+                self.forward, self.abstract_model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False
+            ),
+            encode=None if self.tokenizer is None else self.tokenizer.encode,
+        )
+        shapes, matrices = self.source.shapes, self.source.matrices
+        plan = planner.plan(shapes, matrices, self.config.max_seq_len)
+        return plan, planner.rounding
 
     def with_quantized(
-        self, arrays: Mapping[str, QuantizedArray], schemes: Mapping[str, Scheme] | None = None
+        self,
+        arrays: Mapping[str, QuantizedArray],
+        schemes: Mapping[str, Scheme] | None = None,
+        activation_scales: Mapping[str, np.ndarray] | None = None,
     ) -> "Loaded":
         """This model with these arrays [outputs, inputs] in place of some weights, by path.
 
-        `schemes` has the schemes of those that go with quantized activations. Raises CheckpointError for arrays that do
-        not fit the model.
+        `schemes` has the schemes of those that go with quantized activations, `activation_scales` float32 [G] those of
+        static ones. Raises CheckpointError for arrays that do not fit the model.
         """
-        return replace(self, source=self.source.replaced(arrays, schemes), quantized=True)
+        return replace(self, source=self.source.replaced(arrays, schemes, activation_scales), quantized=True)
 
     def save(self, path: str | Path) -> None:
         """Write an orbax checkpoint, a new directory at `path` that `llmir.load` reads again.
@@ -124,6 +160,7 @@ class Loaded:
             self.config,
             self.source.load(plan),
             schemes=plan.schemes,
+            activation_scales=self.source.activation_scales,
             tokenizer=self.tokenizer,
             chat_template=self.chat_template,
         )

@@ -24,6 +24,7 @@ from llmir_jax.interop import make_context
 from llmir_jax.quantization import Plan
 from llmir_jax.transforms.activation_quantization import ActivationQuantizationPass
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
+from llmir_jax.transforms.hardware_specific_quantization import HardwareSpecificQuantizationPass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
@@ -43,8 +44,9 @@ from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Wei
 if TYPE_CHECKING:
     from llmir_jax.targets.cpu.weights import Arrangement
 
-PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]]], Plan]
-"""Plans the quantization of weights, from the shape of every parameter and (outputs, inputs) of those it can be."""
+PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]], int], Plan]
+"""Plans the quantization of weights, from the shape of every parameter, (outputs, inputs) of those that can be
+quantized, and the tokens of the longest sequence."""
 
 
 @dataclass
@@ -88,8 +90,12 @@ def derive_step(
     recorder: Recorder,
     plan_weights: PlanWeights | None = None,
     kv_cache_bits: int | None = None,
+    target: str = "reference",
 ) -> Derived:
-    """The step of a plain forward, over pages, at the length it was derived at."""
+    """The step of a plain forward, over pages, at the length it was derived at.
+
+    `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    """
     start = time.perf_counter()
     derived = derive(
         trace_at,
@@ -115,12 +121,13 @@ def derive_step(
     )
     if plan_weights is not None:
         weights = find_weights(module)
-        derived.plan = _explained(plan_weights(weights.shapes, weights.matrices), weights)
+        derived.plan = _explained(plan_weights(weights.shapes, weights.matrices, derived.max_seq_len), weights)
         recorder.run(
             module,
             WeightQuantizationPass(plan=derived.plan),
             ActivationQuantizationPass(plan=derived.plan),
             QuantizedOperationFusionPass(),
+            HardwareSpecificQuantizationPass(target=target),
         )
     recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)

@@ -17,7 +17,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.interop import call_module
 from llmir_jax.pipeline import Recorder, specialize_step
-from llmir_jax.quantization import QuantizedArray
+from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
@@ -45,6 +45,7 @@ class DerivedStep:
         buckets: tuple[int, ...],
         recorder: Recorder,
         native: bool = False,
+        rounding: Rounding = plain_rounding,
     ):
         self.not_native: tuple[str, ...] = ()
         """Why the step is not native code, where it was to be."""
@@ -66,9 +67,9 @@ class DerivedStep:
         self.weights: tuple[Weight, ...]
         self.params: tuple[jax.Array | QuantizedArray, ...]
         if native:
-            self._pack(main, fill(derived.module, derived.plan, source))
+            self._pack(main, fill(derived.module, derived.plan, source, rounding))
         else:
-            self.weights = tuple(fill(derived.module, derived.plan, source))
+            self.weights = tuple(fill(derived.module, derived.plan, source, rounding))
             self.params = tuple(weight.value for weight in self.weights)
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()

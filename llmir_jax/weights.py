@@ -1,6 +1,6 @@
 """What fills the parameter arguments of a step: arrays of a model, or tensors of a checkpoint, one at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol, overload
@@ -14,7 +14,7 @@ from xdsl.ir import Attribute
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.dialects import llm
-from llmir_jax.quantization import Plan, QuantizedArray, Scheme, quantize
+from llmir_jax.quantization import Plan, QuantizedArray, Rounding, Scheme, plain_rounding
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.weight_quantization import PARTS, ROWS, stored_matrices
@@ -31,11 +31,15 @@ class WeightSource(Protocol):
     def stored(self) -> Mapping[str, Scheme]:
         """The formats of those that are quantized already."""
 
+    @property
+    def activation_scales(self) -> Mapping[str, np.ndarray]:
+        """Static scales, float32 [G] each, of what is multiplied with them, where their schemes have such."""
+
     def read(self, path: str) -> jax.Array:
         """The parameter as floats."""
 
-    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
-        """The parameter as a matrix [N, K] in a scheme."""
+    def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray:
+        """The parameter as a matrix [N, K] in a scheme, rounded where it is not stored so."""
 
 
 class ModelWeights:
@@ -43,6 +47,7 @@ class ModelWeights:
 
     matrices: Mapping[str, tuple[int, int]] = {}
     stored: Mapping[str, Scheme] = {}
+    activation_scales: Mapping[str, np.ndarray] = {}
 
     def __init__(self, paths: Sequence[str], arrays: Sequence[jax.Array]) -> None:
         self._arrays = dict(zip(paths, arrays, strict=True))
@@ -51,7 +56,7 @@ class ModelWeights:
         """The parameter as it is."""
         return jnp.asarray(self._arrays[path])
 
-    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
+    def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray:
         """Never asked for: it has no `matrices`."""
         raise KeyError(path)
 
@@ -86,12 +91,9 @@ class Piece:
 
     def of(self, value: QuantizedArray | jax.Array) -> QuantizedArray | jax.Array:
         """These rows of the argument's value. Traceable."""
-        if (self.start, self.stop) == (0, value.shape[0]):
-            return value
         if not isinstance(value, QuantizedArray):
             return value[self.start : self.stop]
-        rows: QuantizedArray = jax.tree.map(lambda part: part[self.start : self.stop], value)
-        return replace(rows, shape=(self.stop - self.start, value.shape[1]))
+        return value.span(self.start, self.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +110,17 @@ class Weight:
         """Bytes of its arrays."""
         return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self.value))
 
-    def describe(self) -> Iterator[tuple[str, str]]:
+    def describe(self, plan: Plan | None) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
-        kind = self.value.scheme.name if isinstance(self.value, QuantizedArray) else str(self.value.dtype)
         if not self.pieces:
-            yield self.path, f"{kind}{list(self.value.shape)}"
+            yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
         for piece in self.pieces:
+            kind = str(self.value.dtype)
+            if isinstance(self.value, QuantizedArray):
+                assert plan is not None
+                scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+                layout = "" if self.value.layout == "rows" else f" in {self.value.layout}"
+                kind = f"{self.value.scheme.name}{scheme.activations_name}{layout}"
             yield piece.path, f"{kind}{list(piece.matrix.shape)}"
 
 
@@ -122,7 +129,23 @@ def describe(value: jax.Array | QuantizedArray) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), value)
 
 
-def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> Iterator[Weight]:
+def read_matrix(
+    source: WeightSource,
+    path: str,
+    matrix: StoredMatrix,
+    scheme: Scheme,
+    read: Callable[[str], jax.Array],
+    rounding: Rounding,
+) -> QuantizedArray:
+    """A matrix of a parameter in a scheme that fits it; `read` gives the parameter as floats if they are needed."""
+    if _is_whole(path, matrix, source):
+        return source.read_quantized(path, scheme, rounding)
+    return rounding(matrix.read(read(path)), scheme, (path, matrix.offset), None)
+
+
+def fill(
+    module: ModuleOp, plan: Plan | None, source: WeightSource, rounding: Rounding = plain_rounding
+) -> Iterator[Weight]:
     """A value for each parameter argument of @main, in order, each made when it is asked for.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
@@ -141,11 +164,9 @@ def fill(module: ModuleOp, plan: Plan | None, source: WeightSource) -> Iterator[
             start = pieces[-1].stop if pieces else 0
             pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
             scheme = plan.schemes[part].fitted(matrix.shape, name=part)
-            if _is_whole(part, matrix, source):
-                values.append(source.read_quantized(part, scheme))
-            else:
-                values.append(quantize(matrix.read(floats.read(part)), scheme, name=part))
-        yield Weight(path=path, value=_rows_of_all(values), pieces=tuple(pieces))
+            values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
+        value = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
+        yield Weight(path=path, value=value, pieces=tuple(pieces))
 
 
 def _float_weight(path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead") -> Weight:
@@ -158,7 +179,7 @@ def _float_weight(path: str, attributes: Mapping[str, Attribute], source: Weight
         start = pieces[-1].stop if pieces else 0
         pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
         values.append(matrix.read(floats.read(part)))
-    return Weight(path=path, value=np.concatenate(values), pieces=tuple(pieces))
+    return Weight(path=path, value=jnp.asarray(np.concatenate(values)), pieces=tuple(pieces))
 
 
 class _LastRead:
@@ -268,4 +289,14 @@ def _runs(
         yield jnp.zeros(size - at, dtype)
 
 
-__all__ = ["LazyArrays", "ModelWeights", "Weight", "WeightSource", "dense", "describe", "fill", "unread"]
+__all__ = [
+    "LazyArrays",
+    "ModelWeights",
+    "Weight",
+    "WeightSource",
+    "dense",
+    "describe",
+    "fill",
+    "read_matrix",
+    "unread",
+]

@@ -166,6 +166,7 @@ def test_constructors_make_ops_that_verify() -> None:
         ),
         llm.DequantizeOp(a["x8"], result_type=x_type, scale=dense_from_numpy(np.full(32, 0.1, np.float32))),
         llm.DequantizeOp(a["wq"], result_type=TensorType(f32, [48, 32])),
+        llm.ObserveOp(a["x"], "absmax", result_type=TensorType(f32, [32])),
         llm.QuantizedGatherOp(a["wq"], a["lens"], result_type=TensorType(f32, [4, 32])),
         llm.QuantizedMatmulOp(a["x"], a["wq"], result_type=wide, transpose_w=True),
         llm.QuantizedMatmulOp(a["x"], a["x8"], a["lens"], result_type=wide),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -38,10 +39,17 @@ def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeL
     return nnx.eval_shape(build)
 
 
-def open_source(abstract: nnx.Module, sources: Mapping[str, Source], reader: TensorReader) -> ParameterSource:
+def open_source(
+    abstract: nnx.Module,
+    sources: Mapping[str, Source],
+    reader: TensorReader,
+    *,
+    activation_scales: Mapping[str, np.ndarray] | None = None,
+) -> ParameterSource:
     """The parameters of a model of shapes, in a checkpoint. Raises CheckpointError, see `ParameterSource`."""
     flat = nnx.to_flat_state(nnx.state(abstract))
-    return ParameterSource({parameter_path(key): variable.get_value() for key, variable in flat}, sources, reader)
+    parameters = {parameter_path(key): variable.get_value() for key, variable in flat}
+    return ParameterSource(parameters, sources, reader, activation_scales=activation_scales)
 
 
 def assemble(abstract: nnx.Module, source: ParameterSource) -> nnx.Module:

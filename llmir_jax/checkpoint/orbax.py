@@ -4,6 +4,7 @@ my-model/
   llmir.json             format, architecture, config, special tokens, schemes of quantized parameters, SHA-256 of each
                          file of weights
   weights/               orbax: {"layers.0.attn.q.kernel": array, …}, of a quantized one {"values": array, "scales": …}
+                         and with static activations {…, "activation_scales": array}
   tokenizer.json         if the model has a tokenizer
   chat_template.jinja    if it has a chat template
 """
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from llmir_jax.chat import ChatTemplate
@@ -44,17 +46,17 @@ def save_orbax(
     parameters: Mapping[str, Parameter],
     *,
     schemes: Mapping[str, Scheme],
+    activation_scales: Mapping[str, np.ndarray],
     tokenizer: Tokenizer | None = None,
     chat_template: ChatTemplate | None = None,
 ) -> None:
     """Write a model to `path`, a directory that does not exist yet. An interrupted save leaves no such directory.
 
-    `schemes` has that of each quantized parameter.
+    `schemes` has that of each quantized parameter, `activation_scales` float32 [G] those of static activations.
     """
     import orbax.checkpoint
 
-    if path.exists():
-        raise CheckpointError(f"{path}: exists already; remove it or save elsewhere")
+    check_new(path)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -77,7 +79,7 @@ def save_orbax(
             if chat_template is not None:
                 (folder / "chat_template.jinja").write_text(chat_template.source, encoding="utf-8")
                 manifest["special_tokens"] = dict(chat_template.special_tokens)
-            arrays = {name: to_tree(parameter) for name, parameter in parameters.items()}
+            arrays = {name: to_tree(parameter, activation_scales.get(name)) for name, parameter in parameters.items()}
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder / "weights", arrays)
                 checkpointer.wait_until_finished()
@@ -86,6 +88,12 @@ def save_orbax(
             os.rename(folder, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
+
+
+def check_new(path: Path) -> None:
+    """Raises CheckpointError if a checkpoint cannot be saved there since something is."""
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; remove it or save elsewhere")
 
 
 def read_orbax(
@@ -119,7 +127,8 @@ def read_orbax(
             f"{folder / 'weights'}: tensor {name!r} has shape {reader.shapes.get(name)}, but {MANIFEST} asks for "
             f"{expected.get(name)}"
         )
-    return config, open_source(model, sources, reader), *_read_text_files(folder, manifest)
+    source = open_source(model, sources, reader, activation_scales=reader.activation_scales())
+    return config, source, *_read_text_files(folder, manifest)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -14,13 +14,16 @@ from llmir_jax.quantization import QuantizedArray, Scheme
 
 BATCH_BYTES = 32 << 20
 PARTS = ("values", "scales", "zero_points", "minima")
+ACTIVATION_SCALES = "activation_scales"
 
 
-def to_tree(parameter: Any) -> Any:
-    """What orbax is given for a parameter: the array, or a dict of those of a quantized one."""
+def to_tree(parameter: Any, activation_scales: np.ndarray | None = None) -> Any:
+    """What orbax is given for a parameter: the array, or a dict of those of a quantized one in rows."""
     if not isinstance(parameter, QuantizedArray):
         return parameter
-    return {part: array for part in PARTS if (array := getattr(parameter, part)) is not None}
+    in_rows = parameter.laid_out("rows")
+    tree = {part: array for part in PARTS if (array := getattr(in_rows, part)) is not None}
+    return tree if activation_scales is None else {**tree, ACTIVATION_SCALES: activation_scales}
 
 
 class OrbaxReader:
@@ -69,6 +72,29 @@ class OrbaxReader:
         """A tensor of `stored`, bit for bit."""
         return self._quantized(name, {part: jnp.asarray(array) for part, array in self._restore(name).items()}, dtype)
 
+    def activation_scales(self) -> dict[str, np.ndarray]:
+        """Static scales of what is multiplied with tensors whose scheme has such, float32 [G], by the tensor's name.
+
+        Raises CheckpointError where they do not fit the scheme.
+        """
+        # A table of which rows are looked up is multiplied with nothing, and has none.
+        names = [
+            name
+            for name, scheme in self.stored.items()
+            if scheme.static_activations and ACTIVATION_SCALES in self._entries[name]
+        ]
+        wanted = {name: {ACTIVATION_SCALES: self._entries[name][ACTIVATION_SCALES]} for name in names}
+        found = {name: parts[ACTIVATION_SCALES] for name, parts in self._restore_all(wanted).items()} if names else {}
+        for name, scales in found.items():
+            group_size = self.stored[name].activation_group_size
+            num_groups = 1 if group_size is None else self.shapes[name][1] // group_size
+            if scales.shape != (num_groups,) or not np.isfinite(scales).all():
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} has scales of activations {list(scales.shape)}, expected "
+                    f"{[num_groups]} finite ones; save it again"
+                )
+        return found
+
     def _quantized(self, name: str, parts: Any, dtype: DTypeLike) -> QuantizedArray:
         """Of arrays, or of what has the shapes and dtypes of arrays."""
         scheme = self.stored[name]
@@ -107,10 +133,12 @@ class OrbaxReader:
         return names
 
     def _restore_batch(self, names: list[str]) -> dict[str, Any]:
+        return self._restore_all({name: self._entries[name] for name in names})
+
+    def _restore_all(self, wanted: dict[str, Any]) -> dict[str, Any]:
         import jax
         import orbax.checkpoint as ocp
 
-        wanted = {name: self._entries[name] for name in names}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

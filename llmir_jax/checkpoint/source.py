@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llmir_jax.errors import CheckpointError
-from llmir_jax.quantization import Plan, Quantize, QuantizedArray, Scheme, make_plan, quantize
+from llmir_jax.quantization import (
+    Plan,
+    QuantizedArray,
+    Rounding,
+    Rules,
+    Scheme,
+    make_plan,
+    plain_rounding,
+)
 
 Parameter = jax.Array | QuantizedArray
 
@@ -54,10 +62,16 @@ class ParameterSource:
         parameters: path → shape and dtype, as the model has it.
         matrices: path → (outputs N, inputs K) of what can be quantized: kernels [K, N] and the token table [N, K].
         stored: path → format of those that are quantized already, in the checkpoint or by `replaced`.
+        activation_scales: path → static scales, float32 [G], of what is multiplied with those whose scheme has such.
     """
 
     def __init__(
-        self, parameters: Mapping[str, jax.ShapeDtypeStruct], sources: Mapping[str, Source], reader: TensorReader
+        self,
+        parameters: Mapping[str, jax.ShapeDtypeStruct],
+        sources: Mapping[str, Source],
+        reader: TensorReader,
+        *,
+        activation_scales: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Raises CheckpointError for a tensor that is missing, of another shape than its parameter, or of no floats."""
         self.parameters = dict(parameters)
@@ -66,6 +80,7 @@ class ParameterSource:
             for path, parameter in parameters.items()
             if (shape := _matrix_shape(path, parameter.shape)) is not None
         }
+        self.activation_scales = dict(activation_scales or {})
         self._sources = sources
         self._reader = reader
         self._replaced: dict[str, QuantizedArray] = {}
@@ -85,7 +100,7 @@ class ParameterSource:
         """Of all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def plan(self, option: Quantize) -> Plan:
+    def plan(self, option: Rules) -> Plan:
         """What the option `quantize` means for these parameters. Raises LlmirError, see `make_plan`."""
         return make_plan(option, self.shapes, matrices=self.matrices, stored=self.stored)
 
@@ -102,22 +117,22 @@ class ParameterSource:
         # Contiguous and of the right dtype, it is handed to JAX without another copy.
         return jnp.asarray(np.ascontiguousarray(array.astype(dtype, copy=False)))
 
-    def read_quantized(self, path: str, scheme: Scheme) -> QuantizedArray:
+    def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding = plain_rounding) -> QuantizedArray:
         """One of `matrices`, [outputs, inputs]: bit for bit what is `stored` if that is of the scheme's format.
 
         Raises LlmirError that names the parameter, see `quantize`.
         """
         shape, dtype = self.matrices[path], self.parameters[path].dtype
         scheme = scheme.fitted(shape, name=path)
-        if path in self.stored and _format(self.stored[path], shape) == _format(scheme, shape):
+        if path in self.stored and self.stored[path].same_storage(scheme, shape):
             return self._replaced[path] if path in self._replaced else self._read_stored(path)
         if path in self._replaced:
-            return quantize(self._replaced[path].dequantize(), scheme, name=path, dtype=dtype)
+            return rounding(self._replaced[path].dequantize(), scheme, (path, 0), dtype)
         source = self._sources[path]
         array = self._rows_in_order(source, self._reader.read(source.name))
         if _is_kernel(path) and not source.transposed:
             array = array.T
-        return quantize(array, scheme, name=path, dtype=dtype)
+        return rounding(array, scheme, (path, 0), dtype)
 
     def load(self, plan: Plan) -> dict[str, Parameter]:
         """Every parameter, quantized where the plan says so. One at a time is in memory as floats.
@@ -131,14 +146,19 @@ class ParameterSource:
         }
 
     def replaced(
-        self, parameters: Mapping[str, QuantizedArray], schemes: Mapping[str, Scheme] | None = None
+        self,
+        parameters: Mapping[str, QuantizedArray],
+        schemes: Mapping[str, Scheme] | None = None,
+        activation_scales: Mapping[str, np.ndarray] | None = None,
     ) -> "ParameterSource":
         """These parameters with some quantized arrays in their place, which are then `stored`.
 
-        `schemes` says which of them are meant to be used with quantized activations. Raises CheckpointError for what is
+        `schemes` says which of them are meant to be used with quantized activations, `activation_scales` with which
+        static ones. Raises CheckpointError for what is
         none of `matrices`, or of another shape.
         """
-        made = ParameterSource(self.parameters, self._sources, self._reader)
+        scales = {**self.activation_scales, **(activation_scales or {})}
+        made = ParameterSource(self.parameters, self._sources, self._reader, activation_scales=scales)
         made._replaced, made.stored = dict(self._replaced), dict(self.stored)
         for path, array in parameters.items():
             if path not in self.matrices:
@@ -148,9 +168,9 @@ class ParameterSource:
                 raise CheckpointError(
                     f"{path}: quantized {list(array.shape)}; expected {list(self.matrices[path])} (outputs, inputs)"
                 )
-            made._replaced[path] = array
+            made._replaced[path] = array.laid_out("rows")  # as they are saved and merged
             made.stored[path] = (schemes or {}).get(path, array.scheme)
-            if _format(made.stored[path], array.shape) != _format(array.scheme, array.shape):
+            if not made.stored[path].same_storage(array.scheme, array.shape):
                 raise CheckpointError(f"{path}: scheme {made.stored[path].name!r}, but it is {array.scheme.name!r}")
         return made
 
@@ -183,12 +203,6 @@ def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
     if _is_kernel(path):
         return shape[1], shape[0]
     return (shape[0], shape[1]) if path == "embed.embedding" else None
-
-
-def _format(scheme: Scheme, shape: tuple[int, int]) -> tuple[Any, ...]:
-    """How a weight [N, K] is stored: equal for a group of K and a whole row."""
-    group_size = scheme.group_size or shape[1]
-    return scheme.bits, group_size, scheme.kind, scheme.scale_dtype, scheme.per_tensor and shape[0] > 1
 
 
 def _check(reader: TensorReader, source: Source, shape: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from llmir_jax.cli import options
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there, not to stdout.")
 @click.option("--tokens", type=options.COUNT, metavar="N", help="Rows of tokens of the step that is shown or compiled.")
 @click.option("--max-seqs", type=options.COUNT, default=1, show_default=True, help="Sequences served at once.")
+@options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 def compile_command(
@@ -23,6 +24,9 @@ def compile_command(
     tokens: int | None,
     max_seqs: int,
     as_json: bool,
+    quantize: tuple[str, ...],
+    calibrate: Path | None,
+    kv_cache: str | None,
     dtype: str,
     no_verify: bool,
     num_pages: int | None,
@@ -37,10 +41,12 @@ def compile_command(
 
     \b
     llmir compile smollm2-135m
+    llmir compile smollm2-135m -q int4 --kv-cache int8
     llmir compile ./checkpoint --emit llm -o decoder.mlir
     """
     if emit and as_json:
         raise click.UsageError("--json is for the report: leave out --emit")
+    quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
     with options.progress(f"loading {model}", "deriving the decoder", "compiling") as advance:
         options.import_compiler()
         loaded = options.load_model(model, dtype)
@@ -53,6 +59,7 @@ def compile_command(
             buckets=None if tokens is None else [tokens],
             verify=not no_verify and emit is None,
             **cache.sizes(1, num_seqs=max_seqs),
+            **quantization,
         )
         advance()
         if emit is None:

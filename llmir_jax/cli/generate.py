@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,6 +52,7 @@ def _parse_ids(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-sequence tokens.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each time, 0 to 20.")
+@options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the time that each part took.")
 @click.option("--report", is_flag=True, help="Print to stderr what was compiled and how it is served.")
@@ -64,6 +66,9 @@ def generate_command(
     max_tokens: int | None,
     as_json: bool,
     report: bool,
+    quantize: tuple[str, ...],
+    calibrate: Path | None,
+    kv_cache: str | None,
     dtype: str,
     num_pages: int | None,
     page_size: int,
@@ -79,6 +84,7 @@ def generate_command(
 
     \b
     llmir generate "What is the capital of France?"
+    llmir generate -q int4 --kv-cache int8 "Name three colours."
     llmir generate -m ./checkpoint --raw "Once upon a time" -t 0.8 --seed 1
     cat letter.txt | llmir generate --system "Summarize this letter." --json
     """
@@ -87,6 +93,7 @@ def generate_command(
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is for --json: add it")
     params = _sampling_params(max_tokens=max_tokens, stop=stop, logprobs=logprobs, **sampling)
+    quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
     if not interactive and token_ids is None:
         prompt = _read_prompt(prompt)
     with options.progress(f"loading {model}", "deriving, compiling and checking the decoder") as advance:
@@ -106,7 +113,7 @@ def generate_command(
             params = _fit(params, len(ids), cache)
             needed = len(ids) + (params.max_tokens or 1)
         advance()
-        decoder = loaded.decoder(max_seqs=1, verify=not no_verify, **cache.sizes(needed))
+        decoder = loaded.decoder(max_seqs=1, verify=not no_verify, **cache.sizes(needed), **quantization)
     derived_at = time.perf_counter()
 
     if interactive:

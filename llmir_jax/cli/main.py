@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 import click
 
 import llmir_jax
+from llmir_jax.cli.accuracy import accuracy_command
 from llmir_jax.cli.compile import compile_command
 from llmir_jax.cli.generate import generate_command
+from llmir_jax.cli.quantize import quantize_command
 from llmir_jax.errors import LlmirError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -88,6 +90,8 @@ def llmir() -> None:
 
 llmir.add_command(generate_command)
 llmir.add_command(compile_command)
+llmir.add_command(quantize_command)
+llmir.add_command(accuracy_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

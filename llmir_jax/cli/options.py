@@ -1,15 +1,17 @@
-"""What the commands share: options of the cache, the model with its progress bar, XLA's compilation cache."""
+"""What the commands share: options of the cache and of quantization, the model with its progress bar, XLA's cache."""
 
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from llmir_jax.checkpoint import smollm2
-from llmir_jax.errors import RequestError
+from llmir_jax.errors import LlmirError, RequestError
 
 if TYPE_CHECKING:
     from llmir_jax.load import Loaded
@@ -22,6 +24,10 @@ MIN_SEQ_LEN = 512  # tokens a sequence; lengths are powers of two from here on, 
 XLA_CACHE_BYTES = 2 << 30  # what is used least goes first
 
 COUNT = click.IntRange(min=1)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+KV_CACHES = ("int8", "int4")
+MIXED = re.compile(r"mixed-(\d+(?:\.\d+)?)")  # bits a weight
 
 
 def model_options(command: F) -> F:
@@ -39,6 +45,101 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+quantize_option = click.option(
+    "-q",
+    "--quantize",
+    multiple=True,
+    metavar="SCHEME|RULE",
+    help="Weights as int8, int4, w8a8, w4a8, int4-g64 …, mixed-4.5 (bits), or none. Or rules, one a -q, the first that "
+    "matches a parameter's path decides: -q 'layers/.*/mlp=int4' -q 'embed=int8' -q '.*norm=none'.",
+)
+calibrate_option = click.option(
+    "--calibrate", type=FILE, metavar="FILE", help="Text to run through the model for better rounding."
+)
+
+
+def quantization_options(command: F) -> F:
+    """--quantize, --calibrate and --kv-cache, which `decoder_quantization` makes options of a decoder of."""
+    kv_cache = click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Keys and values as these integers.")
+    return quantize_option(calibrate_option(kv_cache(command)))
+
+
+def decoder_quantization(
+    quantize: Sequence[str], calibrate: Path | None, kv_cache: str | None = None
+) -> dict[str, Any]:
+    """Options of `Loaded.decoder`, and without `kv_cache` of `Loaded.quantize`; those that were not given are absent.
+
+    Raises click.UsageError for what no model can be quantized to, LlmirError for a file that is no text.
+    """
+    served: dict[str, Any] = {}
+    if quantize:
+        served["quantize"] = parse_quantize(quantize)
+    if calibrate is not None:
+        if served.get("quantize") is None:
+            raise click.UsageError("--calibrate is for --quantize: add it")
+        served["calibration"] = calibration(calibrate)
+    if kv_cache is not None:
+        served["kv_cache"] = kv_cache
+    return served
+
+
+def parse_quantize(values: Sequence[str]) -> Any:
+    """What `quantize` of a decoder is, of one scheme for all or of rules. Raises click.UsageError."""
+    from llmir_jax.quantization import check_quantize  # here, since --help needs no JAX
+
+    rules = [value for value in values if "=" in value]
+    if rules and len(rules) != len(values):
+        other = next(value for value in values if "=" not in value)
+        raise click.UsageError(f"--quantize {other} is for all weights, {rules[0]!r} is a rule: give one or the other")
+    if not rules and len(values) > 1:
+        raise click.UsageError(f"--quantize is given {len(values)} schemes for all weights: give one, or rules")
+    if rules:
+        # A regular expression may have "=" in it, a scheme has none.
+        pairs = [value.rpartition("=")[::2] for value in values]
+        parsed: Any = {rule: None if scheme == "none" else scheme for rule, scheme in pairs}
+        if len(parsed) != len(pairs):
+            twice = next(rule for i, (rule, _) in enumerate(pairs) if rule in dict(pairs[:i]))
+            raise click.UsageError(f"--quantize has the rule {twice!r} twice: give it once")
+    elif (match := MIXED.fullmatch(values[0])) is not None:
+        return mixed_precision(float(match[1]))
+    else:
+        parsed = None if values[0] == "none" else values[0]
+    try:
+        check_quantize(parsed)
+    except LlmirError as error:  # wrong before any model is looked at
+        raise click.UsageError(f"--{error}") from None
+    return parsed
+
+
+def mixed_precision(bits_per_weight: float) -> Any:
+    """Widths a layer. Raises click.UsageError for a size that no weights can have."""
+    from llmir_jax import MixedPrecision
+
+    try:
+        return MixedPrecision(bits_per_weight=bits_per_weight)
+    except LlmirError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def calibration(path: Path, **how: Any) -> Any:
+    """Calibration on the text of a file, `how` as `llmir.Calibration` has it."""
+    text = read_text(path)
+    from llmir_jax import Calibration
+
+    return Calibration(text=text, **how)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises LlmirError if it is none, or empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LlmirError(f"{path} is not {error.encoding} text: {error.reason}") from None
+    if not text.strip():
+        raise LlmirError(f"{path} is empty: give a file of text")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)

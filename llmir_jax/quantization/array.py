@@ -4,8 +4,9 @@ GGUF's blocks are such matrices: Q4_0 and Q8_0 symmetric, Q4_1 with a minimum, g
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llmir_jax.dialects.llm import QuantizedTensorType
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+Layout = Literal["rows", "columns"]
 
 
 @jax.tree_util.register_dataclass
@@ -34,13 +36,19 @@ class QuantizedArray:
 
     Per channel: g = K, G = 1. Per tensor: scales, zero_points and minima are [1, 1], which stands for [N, 1].
 
-    Storage:
+    Storage in rows, what everything makes and saves:
 
         bits = 8     values int8[N, K] (uint8 for `minimum`); values[n, k] = q[n, k]
         bits = 4     values uint8[N, K/2]; values[n, i] = (q[n, 2i] mod 16) + 16 · (q[n, 2i+1] mod 16)
         scales       float16, bfloat16 or float32 [N, G]
         zero_points  int8[N, G] in the range of q, for `zero_point`, else None
         minima       [N, G] of the scales' dtype, for `minimum`, else None
+
+    Storage in columns, for the targets that `transforms.hardware_specific_quantization` gives it to: every array is
+    transposed, and the integers are elements of their own width, which the device packs (JAX's int4 and uint4):
+
+        values       int8, int4 [K, N] (uint8, uint4 for `minimum`); values[k, n] = q[n, k]
+        scales       [G, N]; zero_points and minima alike
 
     Plain rounding (`quantize`) gives |q| ≤ 2^(bits-1) - 1 for `symmetric`, scales ≥ 0, and errors of at most half
     a scale. Other makers may use -2^(bits-1) and negative scales (Q4_0 does). Arithmetic is in float32, then cast to
@@ -57,9 +65,15 @@ class QuantizedArray:
     group_size: int = field(metadata={"static": True})
     shape: tuple[int, int] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})  # numpy dtype of the floats it stands for
+    layout: Layout = field(default="rows", metadata={"static": True})
 
     def __repr__(self) -> str:
-        return f"QuantizedArray({self.scheme.name}: {self.dtype.name}{list(self.shape)})"
+        return f"QuantizedArray({self.format}: {self.dtype.name}{list(self.shape)})"
+
+    @property
+    def format(self) -> str:
+        """The name of its scheme, and of its layout where that is not in rows."""
+        return self.scheme.name if self.layout == "rows" else f"{self.scheme.name} in {self.layout}"
 
     @property
     def kind(self) -> Kind:
@@ -71,7 +85,12 @@ class QuantizedArray:
     @property
     def per_tensor(self) -> bool:
         """Whether one scale serves all rows of several."""
-        return self.shape[0] > 1 and self.scales.shape[0] == 1
+        return self.shape[0] > 1 and self.scales.shape[self._row_axis] == 1
+
+    @property
+    def _row_axis(self) -> int:
+        """The axis of all arrays along which the rows of x lie."""
+        return 0 if self.layout == "rows" else 1
 
     @property
     def scheme(self) -> Scheme:
@@ -86,8 +105,8 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its arrays."""
-        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+        """Bytes of all its arrays, where a device packs what is narrower than a byte."""
+        return sum(math.prod(x.shape) * _num_bits(x.dtype) // 8 for x in jax.tree.leaves(self))
 
     @classmethod
     def from_integers(
@@ -139,19 +158,23 @@ class QuantizedArray:
             raise LlmirError(f"{name}: a quantized array has zero points or minima, not both")
         if self.bits == 4 and (k % 2 or g % 2):
             raise LlmirError(f"{name}: int4 needs an even number of columns, and of columns a group; got {k} and {g}")
+        if self.layout not in ("rows", "columns"):
+            raise LlmirError(f"{name}: the layout must be 'rows' or 'columns', got {self.layout!r}")
         groups = (1, 1) if self.per_tensor and g == k else (n, k // g)
-        value_dtype = "int8" if self.bits == 8 and self.minima is None else "uint8"
+        packed = self.bits == 4 and self.layout == "rows"
+        value_dtype = "uint8" if packed else _value_dtype(self.bits, unsigned=self.minima is not None)
         scale_dtype = jnp.dtype(self.scales.dtype).name
         if scale_dtype not in ("float16", "bfloat16", "float32"):
             raise LlmirError(f"{name}: scales must be float16, bfloat16 or float32, got {scale_dtype}")
         expected = {
-            "values": (value_dtype, (n, k * self.bits // 8)),
+            "values": (value_dtype, (n, k // 2 if packed else k)),
             "scales": (scale_dtype, groups),
             "zero_points": ("int8", groups),
             "minima": (scale_dtype, groups),
         }
-        for part, (dtype, shape) in expected.items():
+        for part, (dtype, rows_first) in expected.items():
             array = getattr(self, part)
+            shape = rows_first if self.layout == "rows" else rows_first[::-1]
             if array is not None and (jnp.dtype(array.dtype).name, tuple(array.shape)) != (dtype, shape):
                 raise LlmirError(
                     f"{name}: {part} of a quantized {list(self.shape)} must be {dtype}{list(shape)}, "
@@ -160,24 +183,54 @@ class QuantizedArray:
 
     def integers(self) -> jax.Array:
         """q [N, K], int8 (uint8 for `minimum`). Traceable."""
-        q = jnp.asarray(self.values)
-        return unpack(q, signed=self.minima is None) if self.bits == 4 else q
+        return self._integers_of(jnp.asarray(self.values))
+
+    def _integers_of(self, values: jax.Array) -> jax.Array:
+        """Those of some rows, whose `values` are laid out as all are."""
+        if self.layout == "columns":
+            return values.T.astype(jnp.int8 if self.minima is None else jnp.uint8)
+        return unpack(values, signed=self.minima is None) if self.bits == 4 else values
+
+    def _side(self) -> list[jax.Array | None]:
+        """Scales, zero points and minima, [N, G] or [1, 1] each."""
+        parts = [_maybe(part) for part in (self.scales, self.zero_points, self.minima)]
+        return [part if part is None or self.layout == "rows" else part.T for part in parts]
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """x [N, K] in `dtype`, by default that of this array. Traceable."""
-        side = [_maybe(part) for part in (self.scales, self.zero_points, self.minima)]
-        return _decode(self.integers(), side, self.dtype if dtype is None else dtype)
+        return _decode(self.integers(), self._side(), self.dtype if dtype is None else dtype)
 
     def rows(self, ids: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
         """x[ids] [*ids.shape, K], of integer ids in [0, N): only these rows are dequantized. Traceable."""
-        places = jnp.asarray(ids)
-        q = jnp.asarray(self.values)[places]
-        if self.bits == 4:
-            q = unpack(q, signed=self.minima is None)
-        side = [_maybe(part) for part in (self.scales, self.zero_points, self.minima)]
+        places = jnp.asarray(ids).reshape(-1)
+        q = self._integers_of(jnp.take(jnp.asarray(self.values), places, self._row_axis, mode="clip"))
         # Per tensor, the one scale [1, 1] broadcasts as it is.
-        own = [part if part is None or self.per_tensor else part[places] for part in side]
-        return _decode(q, own, self.dtype if dtype is None else dtype)
+        own = [part if part is None or self.per_tensor else part[places] for part in self._side()]
+        found = _decode(q, own, self.dtype if dtype is None else dtype)
+        return found.reshape(*jnp.shape(ids), self.shape[1])
+
+    def span(self, start: int, stop: int) -> "QuantizedArray":
+        """Rows [start, stop) as they are. Traceable."""
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        index = (slice(start, stop),) if self.layout == "rows" else (slice(None), slice(start, stop))
+        # Per tensor, the one scale [1, 1] is that of these rows too.
+        rows: QuantizedArray = jax.tree.map(lambda part: part if part.shape == (1, 1) else part[index], self)
+        return replace(rows, shape=(stop - start, self.shape[1]))
+
+    def laid_out(self, layout: Layout) -> "QuantizedArray":
+        """The same integers and scales in a layout: exact both ways, and on the device that holds them. Traceable."""
+        if layout == self.layout:
+            return self
+        moved = _to_columns if layout == "columns" else _to_rows
+        return replace(
+            self,
+            values=moved(jnp.asarray(self.values), bits=self.bits, unsigned=self.minima is not None),
+            scales=jnp.asarray(self.scales).T,
+            zero_points=None if self.zero_points is None else jnp.asarray(self.zero_points).T,
+            minima=None if self.minima is None else jnp.asarray(self.minima).T,
+            layout=layout,
+        )
 
     def ir_type(self) -> "QuantizedTensorType":
         """The dialect's type: ``!llm.quantized_tensor<NxKxi4, scale=f16, min=f16, group_size=32>``."""
@@ -193,12 +246,15 @@ class QuantizedArray:
             zero_point_type=None if self.zero_points is None else IntegerType(8),
             min_type=None if self.minima is None else dtype_element_type(self.minima.dtype),
             group_size=None if self.group_size == self.shape[1] else self.group_size,
+            layout=self.layout,
         )
 
     def composite_parts(self) -> tuple[jax.Array, ...]:
         """The arrays that a value of `ir_type` is lowered to: values, scales, zero points or minima, all of N rows."""
         side = [jnp.asarray(part) for part in (self.scales, self.zero_points, self.minima) if part is not None]
-        return jnp.asarray(self.values), *(jnp.broadcast_to(part, (self.shape[0], part.shape[1])) for part in side)
+        n, num_groups = self.shape[0], self.shape[1] // self.group_size
+        groups = (n, num_groups) if self.layout == "rows" else (num_groups, n)
+        return jnp.asarray(self.values), *(jnp.broadcast_to(part, groups) for part in side)
 
 
 def pack(integers: AnyArray) -> AnyArray:
@@ -213,6 +269,27 @@ def unpack(packed: AnyArray, *, signed: bool) -> AnyArray:
     stack = np.stack if isinstance(packed, np.ndarray) else jnp.stack
     q: AnyArray = stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
     return (q.astype(np.int8) ^ 8) - 8 if signed else q  # two's complement in four bits
+
+
+def _value_dtype(bits: int, *, unsigned: bool) -> str:
+    return f"{'u' if unsigned else ''}int{bits}"
+
+
+def _num_bits(dtype: DTypeLike) -> int:
+    name = jnp.dtype(dtype).name
+    return 4 if name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
+
+
+@partial(jax.jit, static_argnames=("bits", "unsigned"))  # in one kernel, with no unpacked copy
+def _to_columns(values: jax.Array, *, bits: int, unsigned: bool) -> jax.Array:
+    q = unpack(values, signed=not unsigned) if bits == 4 else values
+    return q.T.astype(_value_dtype(bits, unsigned=unsigned))
+
+
+@partial(jax.jit, static_argnames=("bits", "unsigned"))
+def _to_rows(values: jax.Array, *, bits: int, unsigned: bool) -> jax.Array:
+    q = values.T.astype(_value_dtype(8, unsigned=unsigned))
+    return pack(q) if bits == 4 else q
 
 
 def _storage_range(bits: int, unsigned: bool) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Plain rounding of a matrix of floats, in numpy: on the host, a few rows at a time, before anything is compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,17 @@ from llmir_jax.quantization.scheme import Scheme
 _CHUNK_ELEMENTS = 1 << 18  # of a matrix that are in work at once: temporaries stay small, and in the cache
 _LARGEST = 2.0**126  # the difference of two numbers of this size is still a float32
 _ROUNDING = 2.0**-20  # relative: within it a scale is taken for the nearest number of its dtype, not for the next one
+
+
+MatrixKey = tuple[str, int]
+"""A matrix in a parameter: the parameter's path, and where in its memory the matrix begins, in elements."""
+Rounding = Callable[[ArrayLike, Scheme, MatrixKey, DTypeLike | None], QuantizedArray]
+"""Quantizes the matrix [N, K] of floats that the key names to a scheme, standing for floats of the dtype."""
+
+
+def plain_rounding(array: ArrayLike, scheme: Scheme, key: MatrixKey, dtype: DTypeLike | None) -> QuantizedArray:
+    """`quantize`, as a `Rounding`."""
+    return quantize(array, scheme, name=key[0], dtype=dtype)
 
 
 def quantize(
@@ -41,16 +52,16 @@ def quantize(
     """
     x = np.asarray(array)
     scheme = scheme.fitted(x.shape, name=name)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise LlmirError(f"{name}: expected floating-point values to quantize, got {x.dtype}")
     n, k = x.shape
     group_size = scheme.group_size or k
-    least, greatest = _ranges(x, group_size, name) if ranges is None else (np.asarray(r) for r in ranges)
+    least, greatest = group_ranges(x, group_size, name)
+    if ranges is not None:
+        least, greatest = (np.asarray(r) for r in ranges)
     if least.shape != (n, k // group_size) or greatest.shape != least.shape:
         raise LlmirError(f"{name}: ranges must be {[n, k // group_size]}, got {list(least.shape)}")
     if scheme.per_tensor:
         least, greatest = least.min(keepdims=True), greatest.max(keepdims=True)
-    scales, offsets = _scales(least.astype(np.float64), greatest.astype(np.float64), scheme, name)
+    scales, offsets = group_scales(least.astype(np.float64), greatest.astype(np.float64), scheme, name)
 
     signed = scheme.kind != "minimum"
     values = np.empty((n, k * scheme.bits // 8), np.int8 if scheme.bits == 8 and signed else np.uint8)
@@ -76,8 +87,10 @@ def _chunks(n: int, k: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, n, step))
 
 
-def _ranges(x: np.ndarray, group_size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The least and greatest value of each group, float32 [N, G]. Raises LlmirError for what is not finite."""
+def group_ranges(x: np.ndarray, group_size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The least and greatest value of each group, float32 [N, G]. Raises LlmirError for what are no finite floats."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LlmirError(f"{name}: expected floating-point values to quantize, got {x.dtype}")
     n, k = x.shape
     least, greatest = (np.empty((n, k // group_size), np.float32) for _ in range(2))
     for rows in _chunks(n, k):
@@ -96,8 +109,13 @@ def _ranges(x: np.ndarray, group_size: int, name: str) -> tuple[np.ndarray, np.n
     return least, greatest
 
 
-def _scales(least: np.ndarray, greatest: np.ndarray, scheme: Scheme, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales, and zero points or minima, of groups whose values are in [least, greatest]."""
+def group_scales(
+    least: np.ndarray, greatest: np.ndarray, scheme: Scheme, name: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales, and zero points or minima, of groups whose values are in [least, greatest], float64 of any shape.
+
+    Raises LlmirError, which names `name`, for what the scheme's dtype cannot hold.
+    """
     low, high = scheme.integer_range
     if scheme.kind == "symmetric":
         return _round_up(np.maximum(np.abs(least), np.abs(greatest)) / high, scheme, name), None

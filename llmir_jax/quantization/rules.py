@@ -12,13 +12,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from llmir_jax.errors import LlmirError
+from llmir_jax.quantization.rounding import MatrixKey
 from llmir_jax.quantization.scheme import FORMS, Scheme, parse_scheme
 
-Quantize = str | Scheme | Mapping[str, str | Scheme | None] | None
-"""What the option `quantize` takes."""
+Rules = str | Scheme | Mapping[str, str | Scheme | None] | None
+"""What the option `quantize` takes, besides `MixedPrecision`."""
 STORED = "stored"
 """As `quantize`: what the checkpoint has quantized stays as it is there, all else stays floats."""
+NOT_A_MATRIX = "{} is not multiplied as a matrix"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Plan:
     """Of the parameters that are quantized, fitted to their shapes."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Of the others: why they stay floats, for the report."""
+    activation_scales: Mapping[MatrixKey, np.ndarray] = field(default_factory=dict)
+    """Static scales, float32 [G] each, of what is multiplied with the matrices whose scheme has such."""
 
     def get(self, path: str) -> Scheme | None:
         """The scheme of a parameter; None if it stays floats."""
@@ -49,7 +55,7 @@ class _Rule:
 
 
 def make_plan(
-    quantize: Quantize,
+    quantize: Rules,
     parameters: Mapping[str, tuple[int, ...]],
     *,
     matrices: Mapping[str, tuple[int, int]],
@@ -90,7 +96,7 @@ def make_plan(
     return _resolve(chosen, parameters, matrices, stored)
 
 
-def check_quantize(quantize: Quantize) -> None:
+def check_rules(quantize: Rules) -> None:
     """Raises LlmirError for what the option can mean for no model: an unknown scheme, a rule that is none."""
     if quantize is None or quantize == STORED:
         return
@@ -109,7 +115,6 @@ def _resolve(
     matrices: Mapping[str, tuple[int, int]],
     stored: Mapping[str, Scheme],
 ) -> Plan:
-    has_int4 = any(scheme.bits == 4 for scheme in stored.values())
     schemes: dict[str, Scheme] = {}
     kept: dict[str, str] = {}
     for path, shape in parameters.items():
@@ -119,20 +124,26 @@ def _resolve(
         elif scheme is None:
             kept[path] = "a rule keeps it"
         elif path not in matrices:
-            kept[path] = f"{list(shape)} is not multiplied as a matrix"
+            kept[path] = NOT_A_MATRIX.format(list(shape))
         else:
-            schemes[path] = _for_matrix(scheme, matrices[path], path, stored.get(path), has_int4)
+            schemes[path] = scheme_for(scheme, matrices[path], path, stored)
     return Plan(schemes=schemes, kept=kept)
 
 
-def _for_matrix(scheme: Scheme, shape: tuple[int, int], path: str, stored: Scheme | None, has_int4: bool) -> Scheme:
+def scheme_for(scheme: Scheme, shape: tuple[int, int], path: str, stored: Mapping[str, Scheme]) -> Scheme:
+    """What the matrix `path` of shape [N, K] gets where `scheme` is asked for: fitted, or its blocks in the checkpoint.
+
+    Raises LlmirError, which names the path, for what it cannot have.
+    """
+    has_int4 = any(other.bits == 4 for other in stored.values())
     kept_widths = (4, 8) if scheme.bits == 4 and has_int4 else (scheme.bits,)
-    if stored is None or not scheme.keeps_blocks or stored.bits not in kept_widths:
+    if path not in stored or not scheme.keeps_blocks or stored[path].bits not in kept_widths:
         return replace(scheme.fitted(shape, name=path), keeps_blocks=False)
     kept = replace(
-        stored,
+        stored[path],
         activations=scheme.activations,
         activation_group_size=scheme.activation_group_size,
+        static_activations=scheme.static_activations,
         adapts=scheme.adapts,
     )
     return replace(kept.fitted(shape, name=path), keeps_blocks=False)

@@ -16,12 +16,13 @@ _SHORT_KINDS: Mapping[str, Kind] = {"zp": "zero_point", "min": "minimum"}
 _SHORT_DTYPES: Mapping[str, ScaleDtype] = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 _NAME = re.compile(
     r"int(?P<bits>[48])-(?P<span>channel|tensor|g(?P<group>[1-9]\d{0,5}))(-(?P<kind>zp|min))?"
-    r"(-(?P<scale>f16|bf16|f32))?(-a8(-g(?P<a_group>[1-9]\d{0,5}))?)?"
+    r"(-(?P<scale>f16|bf16|f32))?(-a8(-g(?P<a_group>[1-9]\d{0,5}))?(?P<static>-static)?)?"
 )
 FORMS = (
     "'int8', 'int4', 'w8a8', 'w4a8', or spelled out: int8 or int4, then -channel, -tensor or -g<group size>, then "
     "-zp or -min for an asymmetric one, then -f16, -bf16 or -f32 for the scales, then -a8 or -a8-g<group size> for "
-    "int8 activations ('int8-channel', 'int4-g64', 'int4-g32-min', 'int8-g32-a8-g32')"
+    "int8 activations, and -static for scales of these from calibration ('int8-channel', 'int4-g64', 'int4-g32-min', "
+    "'int8-g32-a8-g32')"
 )
 
 
@@ -50,6 +51,8 @@ class Scheme:
     """What the other operand of a matmul is quantized to as the model runs; None: it stays as it is."""
     activation_group_size: int | None = None
     """Elements along K of an activation that share a scale; None: a token's."""
+    static_activations: bool = False
+    """Whether the scales of activations come from calibration, the same for all tokens; else each token's from it."""
     adapts: bool = False
     """Whether a K that `group_size` does not divide gets smaller groups (see `fitted`), not an error."""
     keeps_blocks: bool = False
@@ -73,8 +76,9 @@ class Scheme:
             )
         if self.per_tensor and self.group_size is not None:
             raise LlmirError("quantization scheme: per_tensor means one scale for all: leave group_size out")
-        if self.activations is None and self.activation_group_size is not None:
-            raise LlmirError("quantization scheme: activation_group_size is given, but activations are not quantized")
+        for field in ("activation_group_size", "static_activations"):
+            if self.activations is None and getattr(self, field):
+                raise LlmirError(f"quantization scheme: {field} is given, but activations are not quantized")
 
     @property
     def name(self) -> str:
@@ -83,9 +87,15 @@ class Scheme:
         parts = [f"int{self.bits}", span]
         parts += [short for short, kind in _SHORT_KINDS.items() if kind == self.kind]
         parts += [short for short, dtype in _SHORT_DTYPES.items() if dtype == self.scale_dtype]
-        if self.activations is not None:
-            parts.append("a8" if self.activation_group_size is None else f"a8-g{self.activation_group_size}")
-        return "-".join(parts)
+        return "-".join(parts) + self.activations_name
+
+    @property
+    def activations_name(self) -> str:
+        """The end of `name` that is about activations, such as "-a8-g32-static"; empty if they stay as they are."""
+        if self.activations is None:
+            return ""
+        group = "" if self.activation_group_size is None else f"-g{self.activation_group_size}"
+        return f"-a8{group}{'-static' if self.static_activations else ''}"
 
     @property
     def dtype(self) -> Any:
@@ -101,9 +111,46 @@ class Scheme:
         return (-high if self.kind == "symmetric" else -high - 1), high
 
     @property
+    def storage_range(self) -> tuple[int, int]:
+        """The least and the greatest integer that a search for scales may use.
+
+        Symmetric int4 has -8 too, for one level in sixteen; int8 has not, for one in 256, since kernels multiply
+        -127 to 127 without a thought.
+        """
+        low, high = self.integer_range
+        return (-8, high) if self.kind == "symmetric" and self.bits == 4 else (low, high)
+
+    @property
     def weight_format(self) -> "Scheme":
         """The part that says how the weight is stored."""
-        return replace(self, activations=None, activation_group_size=None, adapts=False, keeps_blocks=False)
+        return replace(
+            self,
+            activations=None,
+            activation_group_size=None,
+            static_activations=False,
+            adapts=False,
+            keeps_blocks=False,
+        )
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix [N, K] that is stored so: its integers, scales, and zero points or minima.
+
+        Of a scheme that was `fitted` to the shape.
+        """
+        n, k = shape
+        num_groups = 1 if self.per_tensor else n * (k // (self.group_size or k))
+        scale: int = self.dtype.itemsize
+        side = {"symmetric": 0, "zero_point": 1, "minimum": scale}[self.kind]
+        return n * k * self.bits // 8 + num_groups * (scale + side)
+
+    def same_storage(self, other: "Scheme", shape: tuple[int, int]) -> bool:
+        """Whether a matrix [N, K] is stored alike in both: groups of K are whole rows."""
+
+        def form(scheme: Scheme) -> tuple[Any, ...]:
+            per_tensor = scheme.per_tensor and shape[0] > 1
+            return scheme.bits, scheme.group_size or shape[1], scheme.kind, scheme.scale_dtype, per_tensor
+
+        return form(self) == form(other)
 
     def fitted(self, shape: tuple[int, ...], *, name: str) -> "Scheme":
         """This scheme for the matrix `name` of shape [N, K], with the sizes of groups it gets.
@@ -172,4 +219,5 @@ def parse_scheme(name: str | Scheme) -> Scheme:
         per_tensor=match["span"] == "tensor",
         activations="int8" if "-a8" in name else None,
         activation_group_size=None if a_group is None else int(a_group),
+        static_activations=match["static"] is not None,
     )

@@ -34,6 +34,10 @@ from llmir_jax.targets.quantized_reference import (
     dequantize_parts,
     encode_mixed,
     encode_parts,
+    is_in_columns,
+    observe_absmax,
+    observe_gram,
+    observe_histogram,
     quantized_gather,
     quantized_matmul,
     round_activations,
@@ -346,16 +350,33 @@ def _quantized_matmul(op: llm.QuantizedMatmulOp) -> Reference:
         group_size=optional_int_of(op.group_size),
         transpose_w=bool_of(op.transpose_w),
         dtype=_dtype(op.output.type),
+        in_columns=is_in_columns(op.w.type),
     )
     if op.activation_bits is None:
         return multiply
     group_size = optional_int_of(op.activation_group_size)
-    return lambda x, *weight: multiply(round_activations(x, group_size), *weight)
+    if op.activation_scales is None:
+        return lambda x, *weight: multiply(round_activations(x, group_size), *weight)
+
+    def run(x: Array, *operands: Array) -> Array:
+        *weight, scales = operands
+        return multiply(round_activations(x, group_size, scales), *weight)
+
+    return run
 
 
 def _quantized_gather(op: llm.QuantizedGatherOp) -> Reference:
     assert isinstance(op.w.type, llm.QuantizedTensorType | llm.MixedQuantizedTensorType)
-    return partial(quantized_gather, decode=dequantize_parts(op.w.type), dtype=_dtype(op.output.type))
+    return partial(
+        quantized_gather,
+        decode=dequantize_parts(op.w.type),
+        dtype=_dtype(op.output.type),
+        in_columns=is_in_columns(op.w.type),
+    )
+
+
+def _observe(op: llm.ObserveOp) -> Reference:
+    return {"absmax": observe_absmax, "gram": observe_gram, "histogram": observe_histogram}[op.statistic.data]
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -406,6 +427,7 @@ DECOMPOSITIONS: dict[type[Operation], Callable[[Any], Reference]] = {
     llm.GatedMLPOp: _gated_mlp,
     llm.LayerNormOp: _layer_norm,
     llm.LinearOp: _linear,
+    llm.ObserveOp: _observe,
     llm.QuantizeOp: _quantize,
     llm.QuantizedGatherOp: _quantized_gather,
     llm.QuantizedMatmulOp: _quantized_matmul,

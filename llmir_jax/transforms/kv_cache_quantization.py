@@ -4,7 +4,8 @@
       →  bits=8
     %k_pages : !llm.quantized_tensor<512x16x3x64xi8, scale=f16, symmetric=true>
 
-Runs after ``kv-cache-allocation``: ``llm.write_pages`` then rounds, and ``llm.attend_pages`` reads back. Pages that
+They are rows of bytes on every target, for tokens are written one by one, and each must own whole bytes. Runs after
+``kv-cache-allocation``: ``llm.write_pages`` then rounds, and ``llm.attend_pages`` reads back. Pages that
 anything else reads, as what ``llm.lookup_kv`` became does, are refused.
 """
 

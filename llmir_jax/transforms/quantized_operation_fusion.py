@@ -33,8 +33,16 @@ def _format(op: llm.QuantizedMatmulOp) -> Hashable | None:
     kind = op.w.type
     if not isinstance(op.w, BlockArgument) or not isinstance(kind, llm.QuantizedTensorType) or sole_use(op.w) is None:
         return None
-    types = (kind.element_type, kind.scale_type, kind.zero_point_type, kind.min_type, kind.elements_per_group)
-    return op.x, types, op.activation_bits, op.activation_group_size, type_of(op.output).get_element_type()
+    types = (
+        kind.element_type,
+        kind.scale_type,
+        kind.zero_point_type,
+        kind.min_type,
+        kind.elements_per_group,
+        kind.layout,
+    )
+    activations = op.activation_bits, op.activation_group_size, op.activation_scales
+    return op.x, types, activations, type_of(op.output).get_element_type()
 
 
 def _num_rows(op: llm.QuantizedMatmulOp) -> int:
@@ -74,6 +82,7 @@ def _merged_argument(main: FuncOp, ops: list[llm.QuantizedMatmulOp]) -> BlockArg
         zero_point_type=kind.zero_point_type,
         min_type=kind.min_type,
         group_size=None if isinstance(kind.group_size, NoneAttr) else kind.group_size.data,
+        layout=kind.layout.data,
     )
     new = main.body.block.insert_arg(merged, first.index)
     attributes.insert(new.index, {signature.PATH: StringAttr("+".join(paths)), PARTS: ArrayAttr(parts)})
@@ -90,6 +99,7 @@ def _merge(main: FuncOp, ops: list[llm.QuantizedMatmulOp]) -> None:
     merged = llm.QuantizedMatmulOp(
         first.x,
         weight,
+        activation_scales=first.activation_scales,
         result_type=tensor([*leading, num_rows], type_of(first.output).get_element_type()),
         transpose_w=True,
     )

@@ -76,6 +76,8 @@ class WeightUse:
     op: Operation
     matrix: StoredMatrix
     build: Build
+    inputs: Callable[[OpBuilder], SSAValue] | None = None
+    """Emits what the matrix is multiplied with, [..., K]; None where rows of it are looked up."""
 
     def replace(self, weight: SSAValue) -> None:
         """Read the quantized `weight` instead."""
@@ -144,6 +146,7 @@ def _linear(op: llm.LinearOp, value: SSAValue, parameter: BlockArgument) -> Weig
         op=op,
         matrix=StoredMatrix(offset=view.offset, rows=view.axes([rows]), columns=view.axes([columns])),
         build=build,
+        inputs=lambda builder: op.x,
     )
 
 
@@ -176,18 +179,20 @@ def _dot(op: stablehlo.DotGeneralOp, value: SSAValue, parameter: BlockArgument) 
     x_shape = shape_of(x)
     x_kept = [d for d in range(len(x_shape)) if d not in contracting[1 - side]]
     matrix = StoredMatrix(offset=view.offset, rows=view.axes(kept), columns=view.axes([d for d, _ in pairs]))
+    leading = [x_shape[d] for d in x_kept]
+
+    def inputs(builder: OpBuilder) -> SSAValue:
+        laid_out = builder.transpose(op.operands[1 - side], [*x_kept, *(d for _, d in pairs)])
+        return builder.reshape(laid_out, [*leading, matrix.shape[1]])
 
     def build(builder: OpBuilder, weight: SSAValue) -> SSAValue:
-        num_out, num_in = matrix.shape
-        leading = [x_shape[d] for d in x_kept]
-        laid_out = builder.transpose(op.operands[1 - side], [*x_kept, *(d for _, d in pairs)])
-        flat = builder.reshape(laid_out, [*leading, num_in])
-        product = _matmul(builder, flat, weight, tensor([*leading, num_out], result.get_element_type()))
+        product_type = tensor([*leading, matrix.shape[0]], result.get_element_type())
+        product = _matmul(builder, inputs(builder), weight, product_type)
         if side == 0:
             product = builder.transpose(product, [len(leading), *range(len(leading))])
         return builder.reshape(product, result.get_shape())
 
-    return WeightUse(op=op, matrix=matrix, build=build)
+    return WeightUse(op=op, matrix=matrix, build=build, inputs=inputs)
 
 
 def _gather(op: stablehlo.GatherOp, value: SSAValue, parameter: BlockArgument, tokens: SSAValue) -> WeightUse | str:

@@ -12,6 +12,7 @@ from gguf_export import export_gguf
 from gguf_export import gguf as gguf_package
 
 import llmir_jax as llmir
+from llmir_jax.checkpoint.orbax_tensors import to_tree
 from llmir_jax.errors import CheckpointError
 from llmir_jax.quantization import QuantizedArray
 
@@ -39,6 +40,20 @@ def test_bit_for_bit(data_path: Path, tmp_path: Path, name: str, option: Any) ->
         np.testing.assert_array_equal(a, b)
     for path in reversed(list(loaded.source.parameters)):  # not in the order that is read ahead
         np.testing.assert_array_equal(loaded.source.read(path), saved.source.read(path))
+
+
+@pytest.mark.parametrize("option", ["int4", "int8-tensor"])
+def test_columns_are_saved_in_rows(data_path: Path, tmp_path: Path, option: str) -> None:
+    """Arrays that were laid out for a target are saved as all others are."""
+    original = llmir.load(data_path / "checkpoints" / "llama").quantize(option)
+    arrays = {p: original.source.read_quantized(p, s) for p, s in original.source.stored.items()}
+    moved = {path: array.laid_out("columns") for path, array in arrays.items()}
+    original.with_quantized(moved).save(tmp_path / "ours")
+    loaded = llmir.load(tmp_path / "ours").source
+    for path, array in arrays.items():
+        assert to_tree(moved[path]).keys() == to_tree(array).keys()
+        back = loaded.read_quantized(path, loaded.stored[path])
+        jax.tree.map(np.testing.assert_array_equal, to_tree(moved[path]), to_tree(back))
 
 
 def test_saved_twice(data_path: Path, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_chat(run: Run, chat_model: Path) -> None:
         (("--system", "x", "--raw"), ["--raw"]),
         (("--token-ids", "1,2"), ["PROMPT"]),
         (("--interactive",), ["--interactive"]),
-        (("--quantize", "int4"), ["--quantize"]),
+        (("--quantize", "fp8"), ["--quantize", "fp8"]),
         (("again",), ["again"]),
     ],
 )

@@ -102,8 +102,11 @@ def test_values_come_back_within_half_a_scale(data: st.DataObject) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["symmetric", "zero_point", "minimum"])
 @pytest.mark.parametrize("span", ["channel", "tensor", "group"])
-@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-def test_the_equations_of_the_docstring(bits: int, kind: Any, span: str, scale_dtype: Any) -> None:
+@pytest.mark.parametrize(
+    ("scale_dtype", "layout"),
+    [("float16", "rows"), ("bfloat16", "rows"), ("float32", "rows"), ("float16", "columns")],
+)
+def test_the_equations_of_the_docstring(bits: int, kind: Any, span: str, scale_dtype: Any, layout: Any) -> None:
     """`dequantize`, `rows`, and the IR's reference decomposition of `composite_parts`, on arrays of any bits."""
     scheme = Scheme(
         bits=bits,
@@ -114,12 +117,13 @@ def test_the_equations_of_the_docstring(bits: int, kind: Any, span: str, scale_d
     )
     seed = np.random.SeedSequence().entropy
     print(f"seed {seed}")  # shown where the test fails
-    made = any_array(scheme, np.random.default_rng(seed))
-    expected = decoded(made)
-    np.testing.assert_array_equal(made.integers(), integers(made))
+    in_rows = any_array(scheme, np.random.default_rng(seed))
+    made, expected = in_rows.laid_out(layout), decoded(in_rows)
+    np.testing.assert_array_equal(made.integers(), integers(in_rows))
     back = np.asarray(made.dequantize())
     np.testing.assert_allclose(back, expected, rtol=1e-6, atol=1e-6 * (1 + np.abs(expected).max()))
-    assert made.nbytes == sum(np.asarray(x).nbytes for x in jax.tree.leaves(made))
+    assert made.nbytes == sum(np.asarray(x).nbytes for x in jax.tree.leaves(in_rows))
+    np.testing.assert_array_equal(made.span(1, 4).dequantize(), back[1:4])
 
     ids = np.asarray([[4, 0], [2, 2], [1, 3]])
     rows = made.rows(ids, jnp.bfloat16)
@@ -146,6 +150,26 @@ def any_array(scheme: Scheme, rng: np.random.Generator) -> QuantizedArray:
         zero_points=rng.integers(low, high + 1, groups) if scheme.kind == "zero_point" else None,
         minima=rng.normal(size=groups).astype(scheme.dtype) if scheme.kind == "minimum" else None,
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_layouts_hold_the_same(data: st.DataObject) -> None:
+    """Columns hold the integers and scales of the rows, transposed; and back again bit for bit."""
+    scheme = data.draw(schemes())
+    made = any_array(scheme, np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))))
+    moved = made.laid_out("columns")
+    moved.check()
+    unsigned = "u" if made.minima is not None else ""
+    assert moved.values.dtype == f"{unsigned}int{scheme.bits}" and moved.values.shape == made.shape[::-1]
+    np.testing.assert_array_equal(np.asarray(moved.values).astype(np.int64).T, integers(made))
+    assert (moved.scheme, moved.nbytes) == (made.scheme, made.nbytes)
+    assert moved.format == f"{made.format} in columns" and moved.laid_out("columns") is moved
+    back = moved.laid_out("rows")
+    assert jax.tree.structure(back) == jax.tree.structure(made)
+    for part, same in zip(jax.tree.leaves(back), jax.tree.leaves(made), strict=True):
+        assert part.dtype == same.dtype
+        np.testing.assert_array_equal(part, same)
 
 
 @settings(max_examples=100, deadline=None)
@@ -294,6 +318,8 @@ def test_it_is_a_pytree() -> None:
             "zero points or minima, not both",
         ),
         ({"values": np.zeros((4, 4), np.int8)}, r"values of .* must be uint8\[4, 4\]"),
+        ({"layout": "columns"}, r"values of .* must be int4\[8, 4\]"),
+        ({"layout": "diagonals"}, "layout must be 'rows' or 'columns', got 'diagonals'"),
     ],
 )
 def test_invariants_are_checked(changes: dict[str, Any], message: str) -> None:

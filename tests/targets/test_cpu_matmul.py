@@ -61,6 +61,22 @@ def test_quantized_matmul(case, host: Host) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6 * np.abs(expected).max() * np.sqrt(case[2]))
 
 
+def test_scales_known_before() -> None:
+    rng = np.random.default_rng()
+    weight = quantize(rng.normal(size=(40, 96)).astype(np.float32), parse_scheme("int8-g32"))
+    x, scales = rng.normal(size=(3, 96)).astype(np.float32), rng.random(size=3).astype(np.float32) / 50
+    text = f"""func.func @main(%w: {weight.ir_type()} {{llmir.path = "w"}}, %s: tensor<3xf32> {{llmir.path = "s"}},
+        %x: tensor<3x96xf32> {{llmir.role = "x"}}) -> tensor<3x40xf32> {{
+      %y = llm.quantized_matmul(%x, %w) activation_scales(%s) {{bits = 8 : i32, transpose_w = true,
+        activation_bits = 8 : i32, activation_group_size = 32 : i32}}
+        : (tensor<3x96xf32>, {weight.ir_type()}, tensor<3xf32>) -> tensor<3x40xf32>
+      func.return %y : tensor<3x40xf32>
+    }}"""
+    module, values = parse(text), [weight, scales, x]
+    (expected,), (got,) = run_reference(module, values), run_native(module, values)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", KNOWN_HOSTS)
 def test_compiles_for(name: str) -> None:
     module, _ = make("int4-g32-min", 40, 64, 3, 32, seed=0)

@@ -346,6 +346,9 @@ KINDS = [
     ("i4", "scale=f32, min=f32, group_size=8"),
     ("i8", "scale=f16, min=f16"),
     ("i2", "scale=f32, min=f32, group_size=4"),
+    ("i4", "layout=columns, scale=f32, symmetric=true, group_size=8"),
+    ("i8", "layout=columns, scale=f32, zp=i8, group_size=8"),
+    ("i4", "layout=columns, scale=f16, min=f16"),
 ]
 
 
@@ -417,6 +420,7 @@ def test_quantized_matmul_of_plain_integers(
     [
         "!llm.quantized_tensor<5x16xi4, scale=f32, min=f32, group_size=8>",
         "!llm.quantized_tensor<5x16xi8, scale=f32, zp=i8>",
+        "!llm.quantized_tensor<5x16xi4, scale=f32, min=f32, group_size=8, layout=columns>",
         "!llm.mixed_quantized_tensor<5x16x!llm.mixed<i8,i4>, scale=f32>",
     ],
 )

@@ -17,8 +17,18 @@ from .distributed import (
     ShardedLinearOp,
 )
 from .layers import ACTIVATIONS, GatedMLPOp, LayerNormOp, LinearOp, RMSNormOp, RopeOp
-from .quantization import DequantizeOp, QuantizedGatherOp, QuantizedMatmulOp, QuantizeOp, storage_range
+from .quantization import (
+    OBSERVED,
+    DequantizeOp,
+    ObserveOp,
+    QuantizedGatherOp,
+    QuantizedMatmulOp,
+    QuantizeOp,
+    storage_range,
+)
 from .types import (
+    COLUMNS,
+    ROWS,
     CompositeType,
     MixedQuantizedTensorType,
     MixedType,
@@ -43,6 +53,7 @@ LLM = Dialect(
         LayerNormOp,
         LinearOp,
         LookupKVOp,
+        ObserveOp,
         PagedAttentionOp,
         PipelineRecvOp,
         PipelineSendOp,
@@ -69,7 +80,10 @@ LLM = Dialect(
 
 __all__ = [
     "ACTIVATIONS",
+    "COLUMNS",
     "LLM",
+    "OBSERVED",
+    "ROWS",
     "AllGatherOp",
     "AllReduceOp",
     "AppendKVOp",
@@ -85,6 +99,7 @@ __all__ = [
     "LookupKVOp",
     "MixedQuantizedTensorType",
     "MixedType",
+    "ObserveOp",
     "PagedAttentionOp",
     "PagedKVCacheType",
     "PipelineRecvOp",

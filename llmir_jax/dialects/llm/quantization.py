@@ -12,6 +12,7 @@ from xdsl.dialects.builtin import (
     IntegerAttr,
     IntegerType,
     Signedness,
+    StringAttr,
     TensorType,
     f32,
     i64,
@@ -31,11 +32,15 @@ from xdsl.irdl import (
 from xdsl.traits import Pure
 from xdsl.utils.exceptions import VerifyException
 
+from llmir_jax.quantization.statistics import NUM_BINS
+
 from .common import (
     Dim,
     LLMOp,
     bool_of,
     check_float,
+    check_int32,
+    check_one_of,
     check_shapes,
     dims_agree,
     fail,
@@ -295,16 +300,20 @@ class QuantizedMatmulOp(LLMOp):
     hold. ``bits``, where given, repeats the width of w's integers. The sum is accumulated in float32.
 
     With ``activation_bits = 8`` x is quantized first, each row by its own values, or each ``activation_group_size``
-    elements of it along K: s = max|x| / 127, q = round(x / s), and q·s takes the place of x.
+    elements of it along K: s = max|x| / 127, q = round(x / s), and q·s takes the place of x. Scales that were found
+    before, in ``activation_scales(%s)``, a float32 for each group (one for all without groups), serve every row; what
+    is beyond 127·s is clipped.
     """
 
     name = "llm.quantized_matmul"
     PARENTHESIZED: ClassVar = True
+    OPERAND_GROUPS: ClassVar = {"activation_scales": ("activation_scales",)}
 
     x = operand_def(TensorType)
     w = operand_def(TensorType | QuantizedTensorType | MixedQuantizedTensorType)
     scales = opt_operand_def(TensorType)
     zero_points = opt_operand_def(TensorType)
+    activation_scales = opt_operand_def(TensorType)
 
     bits = opt_prop_def(IntegerAttr)
     group_size = opt_prop_def(IntegerAttr)
@@ -325,11 +334,12 @@ class QuantizedMatmulOp(LLMOp):
         zero_points: SSAValue | Operation | None = None,
         *,
         result_type: Attribute,
+        activation_scales: SSAValue | Operation | None = None,
         group_size: int | None = None,
         transpose_w: bool = False,
     ) -> None:
         super().__init__(
-            operands=[x, w, maybe(scales), maybe(zero_points)],
+            operands=[x, w, maybe(scales), maybe(zero_points), maybe(activation_scales)],
             result_types=[result_type],
             properties={
                 "bits": optional_i32(_storage_width(w.type, "w")),
@@ -349,16 +359,20 @@ class QuantizedMatmulOp(LLMOp):
 
     def _verify_activations(self) -> None:
         if self.activation_bits is None:
-            if self.activation_group_size is not None:
-                raise VerifyException("activation_group_size: expected activation_bits beside it, got none")
+            for name in ("activation_group_size", "activation_scales"):
+                if getattr(self, name) is not None:
+                    raise VerifyException(f"{name}: expected activation_bits beside it, got none")
             return
         if int_of(self.activation_bits) != 8:
             fail("activation_bits", "8", int_of(self.activation_bits))
-        if self.activation_group_size is None:
-            return
-        num_in, size = tensor_of(self.x, "x").get_shape()[-1], int_of(self.activation_group_size)
-        if size <= 0 or (num_in >= 0 and num_in % size):
-            fail("activation_group_size", f"a divisor of K={num_in}", size)
+        num_groups: Dim = 1
+        if self.activation_group_size is not None:
+            num_in, size = tensor_of(self.x, "x").get_shape()[-1], int_of(self.activation_group_size)
+            if size <= 0 or (num_in >= 0 and num_in % size):
+                fail("activation_group_size", f"a divisor of K={num_in}", size)
+            num_groups = num_in // size if num_in >= 0 else "A"
+        check_shapes({"activation_scales": (self.activation_scales, (num_groups,))})
+        check_float(activation_scales=self.activation_scales)
 
     def _verify_plain(self) -> None:
         if self.scales is None:
@@ -440,3 +454,44 @@ class QuantizedGatherOp(LLMOp):
         if not isinstance(ids_type.element_type, IntegerType):
             fail("ids", "integer elements", ids_type.element_type)
         check_shapes({"ids": (self.ids, ("...",)), "result": (self.output, ("...", shape[1]))})
+
+
+OBSERVED = ("absmax", "gram", "histogram")
+
+
+@irdl_op_definition
+class ObserveOp(LLMOp):
+    """What calibration wants to know of the values that flow through a model.
+
+    ```mlir
+    %m = llm.observe %x {statistic = "absmax"} : (tensor<1x512x576xf32>) -> tensor<576xf32>
+    %g = llm.observe %x {statistic = "gram"} : (tensor<1x512x576xf32>) -> tensor<576x576xf32>
+    %h = llm.observe %x {statistic = "histogram"} : (tensor<1x512x576xf32>) -> tensor<576x320xi32>
+    ```
+
+    x is [..., K]; every row counts. ``absmax`` is the greatest |x| of each channel, ``gram`` the sum over rows of x·xᵀ,
+    ``histogram`` how many of a channel's |x| are in each of the bins of `llmir_jax.quantization.statistics`.
+    """
+
+    name = "llm.observe"
+
+    x = operand_def(TensorType)
+
+    statistic = prop_def(StringAttr)
+
+    output = result_def(TensorType)
+
+    traits = traits_def(Pure())
+
+    def __init__(self, x: SSAValue | Operation, statistic: str, *, result_type: Attribute) -> None:
+        super().__init__(operands=[x], result_types=[result_type], properties={"statistic": StringAttr(statistic)})
+
+    def check(self) -> None:
+        check_float(x=self.x)
+        check_one_of("statistic", self.statistic, OBSERVED)
+        dims: dict[str, tuple[Dim, ...]] = {"absmax": ("K",), "gram": ("K", "K"), "histogram": ("K", NUM_BINS)}
+        check_shapes({"x": (self.x, ("...", "K")), "result": (self.output, dims[self.statistic.data])})
+        if self.statistic.data == "histogram":
+            check_int32(result=self.output)
+        else:
+            check_float(result=self.output)

@@ -12,6 +12,7 @@ from xdsl.dialects.builtin import (
     IntegerType,
     NoneAttr,
     Signedness,
+    StringAttr,
     TensorType,
 )
 from xdsl.ir import Attribute, ParametrizedAttribute, TypeAttribute
@@ -188,6 +189,9 @@ class ShardedKVCacheType(_KVCacheType):
 
 # -- quantized tensors -------------------------------------------------------------------------------------------------
 
+ROWS, COLUMNS = "rows", "columns"
+"""Layouts of the tensors that hold a quantized tensor."""
+
 
 def _check_quantized_shape(type_name: str, shape: Sequence[int]) -> None:
     if not shape or any(dim <= 0 for dim in shape):
@@ -213,6 +217,9 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
     this type is two or three tensors: the integers, the scales [..., groups], the zero points or minima [..., groups].
     Integers of fewer than 8 bits are packed along the last dimension, the first in the lowest bits of a byte: those of
     ``4x1024xi4`` are ``4x512xui8``, byte i of a row holding q[2i] mod 16 + 16 · (q[2i + 1] mod 16).
+
+    A matrix of 4 or 8 bits may have ``layout=columns``: its tensors are transposed, and the integers, in a type of
+    their own width, are packed by the device: those of ``4x1024xi4`` are ``1024x4xi4``, their scales [groups, 4].
     """
 
     name = "llm.quantized_tensor"
@@ -223,6 +230,7 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
     zero_point_type: Attribute
     min_type: Attribute
     group_size: IntAttr | NoneAttr
+    layout: StringAttr
 
     def __init__(
         self,
@@ -233,6 +241,7 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         zero_point_type: Attribute | None = None,
         min_type: Attribute | None = None,
         group_size: int | None = None,
+        layout: str = ROWS,
     ) -> None:
         super().__init__(
             ArrayAttr(IntAttr(dim) for dim in shape),
@@ -241,11 +250,21 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
             zero_point_type or NONE,
             min_type or NONE,
             NONE if group_size is None else IntAttr(group_size),
+            StringAttr(layout),
         )
 
     def get_shape(self) -> tuple[int, ...]:
         """The shape of the tensor of floats that this stands for."""
         return tuple(dim.data for dim in self.shape.data)
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether the tensors that hold it are transposed."""
+        return self.layout.data == COLUMNS
+
+    def with_layout(self, layout: str) -> "QuantizedTensorType":
+        """The same matrix in tensors that are laid out otherwise."""
+        return QuantizedTensorType.new([*self.parameters[:-1], StringAttr(layout)])
 
     @property
     def is_symmetric(self) -> bool:
@@ -261,6 +280,8 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         """The tensors that hold such a value: integers, scales, and zero points or minima where it has them."""
         shape = self.get_shape()
         groups = (*shape[:-1], shape[-1] // self.elements_per_group)
+        if self.in_columns:
+            groups = groups[::-1]
         parts = [self._stored(), TensorType(self.scale_type, groups)]
         parts += [TensorType(offset, groups) for offset in (self.zero_point_type, self.min_type) if offset != NONE]
         return tuple(parts)
@@ -274,9 +295,11 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         return self.element_type
 
     def _stored(self) -> TensorType[Attribute]:
-        """The tensor of the integers, packed into bytes."""
+        """The tensor of the integers."""
         *leading, last = self.get_shape()
         num_bits = self.integer_type.width.data
+        if self.in_columns:
+            return TensorType(self.integer_type, (last, *leading))
         if num_bits == 8:
             return TensorType(self.integer_type, (*leading, last))
         return TensorType(IntegerType(8, Signedness.UNSIGNED), (*leading, last * num_bits // 8))
@@ -287,6 +310,11 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
         _check_storage(self.name, self.element_type)
         assert isinstance(self.element_type, IntegerType)
         a_byte = 8 // self.element_type.width.data
+        if self.layout.data not in (ROWS, COLUMNS):
+            fail(f"!{self.name}: layout", f"{ROWS} or {COLUMNS}", self.layout.data)
+        if self.in_columns and (len(shape) != 2 or self.element_type.width.data not in (4, 8)):
+            got = f"{format_dims(shape)} of {self.element_type}"
+            fail(f"!{self.name}: layout={COLUMNS}", "a matrix of integers of 4 or 8 bits", got)
         if shape[-1] % a_byte:
             fail(f"!{self.name}: last dimension", f"a multiple of {a_byte}, which share a byte", shape[-1])
         _check_float_type(f"!{self.name}: scale", self.scale_type)
@@ -330,6 +358,7 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
             found.get("zp", NONE),
             found.get("min", NONE),
             found.get("group_size", NONE),
+            found.get("layout", StringAttr(ROWS)),
         )
 
     @staticmethod
@@ -338,8 +367,10 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
             return parser.parse_type()
         if key == "group_size":
             return IntAttr(parser.parse_integer(allow_boolean=False))
+        if key == "layout":
+            return StringAttr(parser.parse_identifier())
         if key != "symmetric":
-            message = f"unknown parameter {key}: expected scale, zp, min, symmetric or group_size"
+            message = f"unknown parameter {key}: expected scale, zp, min, symmetric, group_size or layout"
             parser.raise_error(message, start, parser.pos)
         if not parser.parse_boolean():
             parser.raise_error("symmetric: expected true (leave it out and give zp= or min=)", start, parser.pos)
@@ -358,6 +389,8 @@ class QuantizedTensorType(ParametrizedAttribute, TypeAttribute):
                 printer.print_string(", symmetric=true")
             if isinstance(self.group_size, IntAttr):
                 printer.print_string(f", group_size={self.group_size.data}")
+            if self.layout.data != ROWS:
+                printer.print_string(f", layout={self.layout.data}")
 
 
 @irdl_attr_definition

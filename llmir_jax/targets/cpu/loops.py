@@ -333,8 +333,13 @@ class Loops:
 
         return self._rowwise("dot", columns, rows, body)
 
-    def prepare(self, value: SSAValue, inputs: InputFormat, target: Buffer) -> tuple[str, list[Buffer]]:
-        """Activations for a matmul: in 8 bits, or as floats with their sums; see `matmul.InputFormat`."""
+    def prepare(
+        self, value: SSAValue, inputs: InputFormat, target: Buffer, scales: SSAValue | None = None
+    ) -> tuple[str, list[Buffer]]:
+        """Activations for a matmul: in 8 bits, or as floats with their sums; see `matmul.InputFormat`.
+
+        `scales` [K / group] are those of 8 bits where they are known before; else each group's largest value gives its.
+        """
         shape = shape_of(value)
         weight = inputs.weight
         rows, columns = inputs.num_rows, weight.num_columns
@@ -348,7 +353,7 @@ class Loops:
             def element(evaluator: Evaluator, column: Index) -> Value:
                 return evaluator.at(value, unravel(row.index * columns + column, shape))
 
-            _prepare_row(kernel, row, inputs, base, element, group, f)
+            _prepare_row(kernel, row, inputs, base, element, group, scales)
 
         return self._rowwise("prepare", columns, rows, body)
 
@@ -360,9 +365,10 @@ def _prepare_row(
     base: Value,
     element: Callable[[Evaluator, Index], Value],
     group: int,
-    f: Any,
+    scales: SSAValue | None,
 ) -> None:
     """Groups of a row, one after the other."""
+    f = kernel.f
     weight = inputs.weight
     num_groups = weight.num_columns // group
     blocks = group // weight.block
@@ -371,9 +377,12 @@ def _prepare_row(
         at = Index() if num_groups == 1 else dynamic_multiple(number, num_groups, group)
         inverse = scale = None
         if inputs.is_int8:
-            largest = row.segment_max(element, at, group)
-            positive = f.fcompare("ogt", largest, constant("float", 0.0))
-            scale = f.binary("fdiv", largest, constant("float", 127.0))
+            if scales is None:
+                scale = f.binary("fdiv", row.segment_max(element, at, group), constant("float", 127.0))
+            else:
+                evaluator, _ = row._at(1, 0, 1)
+                scale = evaluator.at(scales, [Index() if num_groups == 1 else dynamic(number, num_groups)])
+            positive = f.fcompare("ogt", scale, constant("float", 0.0))
             quotient = f.binary("fdiv", constant("float", 1.0), scale)
             inverse = f.select(positive, quotient, constant("float", 0.0))
         for b in range(blocks):

@@ -166,6 +166,11 @@ def _matmul_reason(op: llm.QuantizedMatmulOp, where: str) -> str | None:
     return None
 
 
+def _scales(op: _Matmul) -> SSAValue | None:
+    """Scales of a matmul's activations that are known before."""
+    return op.activation_scales if isinstance(op, llm.QuantizedMatmulOp) else None
+
+
 def _follows_product(value: SSAValue) -> bool:
     """Whether a matmul's input is computed from the product of another element by element: then it is stored there."""
     pending, computes, found = [value], False, False
@@ -203,7 +208,7 @@ class Planner:
         self.items: list[Item] = []
         self.roots: list[Root] = []
         self.keys: dict[SSAValue, set[object]] = {}
-        self.prepared: dict[tuple[SSAValue, InputFormat], Buffer] = {}
+        self.prepared: dict[tuple[SSAValue, InputFormat, SSAValue | None], Buffer] = {}
         self.aliases: dict[SSAValue, BlockArgument] = {}
         """Page arrays that an operation returns, and the arguments that they are."""
 
@@ -277,7 +282,8 @@ class Planner:
         if isinstance(op, ReturnOp):
             return {("result", operand)}
         if isinstance(op, _Matmul):
-            return {("stored", op.x) if _follows_product(op.x) else ("prepare", op.x, self._input_format(op))}
+            prepares = ("prepare", op.x, self._input_format(op), _scales(op))
+            return {("stored", op.x) if operand == 0 and _follows_product(op.x) else prepares}
         if isinstance(op, llm.AttendPagesOp):
             return {("stored", op.q)} if operand == 0 else {("attend", op)}
         if isinstance(op, llm.WritePagesOp):
@@ -519,11 +525,11 @@ class Planner:
     def _prepare(self, op: _Matmul) -> Buffer:
         """The input of a matmul, prepared once for all that take it so."""
         inputs = self._input_format(op)
-        key = (op.x, inputs)
+        key = (op.x, inputs, _scales(op))
         if key not in self.prepared:
             buffer = Buffer(shape=(), element="i8", strides=(), nbytes=inputs.nbytes)
             self.prepared[key] = buffer
-            name, buffers = self.loops.prepare(op.x, inputs, buffer)
+            name, buffers = self.loops.prepare(op.x, inputs, buffer, _scales(op))
             columns = inputs.weight.num_columns
             self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
         return self.prepared[key]

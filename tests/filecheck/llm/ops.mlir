@@ -117,6 +117,16 @@ func.func @quantization(%x: tensor<4x256xf16>, %w: tensor<256x64xi4>, %s: tensor
   // CHECK: llm.quantized_matmul(%x, %{{.*}}) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32} : (
   %8 = llm.quantized_matmul(%x, %2) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32}
     : (tensor<4x256xf16>, !llm.quantized_tensor<4x256xi4, scale=f32, symmetric=true, group_size=32>) -> tensor<4x4xf32>
+  // CHECK: llm.quantized_matmul(%x, %{{.*}}) activation_scales(%as) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32} : (
+  %as = stablehlo.constant dense<0.5> : tensor<8xf32>
+  %10 = llm.quantized_matmul(%x, %2) activation_scales(%as) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32}
+    : (tensor<4x256xf16>, !llm.quantized_tensor<4x256xi4, scale=f32, symmetric=true, group_size=32>, tensor<8xf32>) -> tensor<4x4xf32>
+  // CHECK: llm.observe %x {statistic = "absmax"} : (tensor<4x256xf16>) -> tensor<256xf32>
+  %11 = llm.observe %x {statistic = "absmax"} : (tensor<4x256xf16>) -> tensor<256xf32>
+  // CHECK: llm.observe %x {statistic = "gram"} : (tensor<4x256xf16>) -> tensor<256x256xf32>
+  %12 = llm.observe %x {statistic = "gram"} : (tensor<4x256xf16>) -> tensor<256x256xf32>
+  // CHECK: llm.observe %x {statistic = "histogram"} : (tensor<4x256xf16>) -> tensor<256x320xi32>
+  %13 = llm.observe %x {statistic = "histogram"} : (tensor<4x256xf16>) -> tensor<256x320xi32>
   // CHECK: llm.quantized_gather(%{{.*}}, %ids) : (!llm.quantized_tensor<{{.*}}>, tensor<2x3xi32>) -> tensor<2x3x256xf16>
   %ids = stablehlo.constant dense<1> : tensor<2x3xi32>
   %9 = llm.quantized_gather(%2, %ids)

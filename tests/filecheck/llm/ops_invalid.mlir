@@ -856,6 +856,43 @@ func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32,
 }
 
 // -----
+// CHECK: llm.quantized_matmul: activation_scales: expected shape [2], got 64
+func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %s: tensor<64xf32>) {
+  %0 = llm.quantized_matmul(%x, %w) activation_scales(%s) {transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32}
+    : (tensor<4x64xf32>, !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<64xf32>) -> tensor<4x8xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.quantized_matmul: activation_scales: expected activation_bits beside it, got none
+func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, %s: tensor<1xf32>) {
+  %0 = llm.quantized_matmul(%x, %w) activation_scales(%s) {transpose_w = true}
+    : (tensor<4x64xf32>, !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>, tensor<1xf32>) -> tensor<4x8xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.observe: statistic: expected one of absmax, gram, histogram, got "mean"
+func.func @f(%x: tensor<4x64xf32>) {
+  %0 = llm.observe %x {statistic = "mean"} : (tensor<4x64xf32>) -> tensor<64xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.observe: result: expected shape [K=64, K=64], got 64x32
+func.func @f(%x: tensor<4x64xf32>) {
+  %0 = llm.observe %x {statistic = "gram"} : (tensor<4x64xf32>) -> tensor<64x32xf32>
+  func.return
+}
+
+// -----
+// CHECK: llm.observe: result: expected elements of type i32, got f32
+func.func @f(%x: tensor<4x64xf32>) {
+  %0 = llm.observe %x {statistic = "histogram"} : (tensor<4x64xf32>) -> tensor<64x320xf32>
+  func.return
+}
+
+// -----
 // CHECK: llm.quantized_matmul: activation_bits: expected 8, got 4
 func.func @f(%x: tensor<4x64xf32>, %w: !llm.quantized_tensor<8x64xi8, scale=f32, symmetric=true>) {
   %0 = llm.quantized_matmul(%x, %w) {transpose_w = true, activation_bits = 4 : i32}

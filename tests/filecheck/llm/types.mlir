@@ -19,6 +19,8 @@ func.func private @caches(
 // CHECK-SAME: !llm.quantized_tensor<4x1024xi4, scale=f16, min=f16, group_size=32>
 // CHECK-SAME: !llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=true>
 // CHECK-SAME: !llm.quantized_tensor<4x1024xi8, scale=f32, zp=i8, group_size=64>
+// CHECK-SAME: !llm.quantized_tensor<4x1024xi4, scale=f16, min=f16, group_size=32, layout=columns>
+// CHECK-SAME: !llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=true>
 // CHECK-SAME: !llm.mixed_quantized_tensor<4x1024x!llm.mixed<i8,i4>, scale=f32>
 func.func private @quantized(
     !llm.quantized_tensor<4x1024xi8, scale=f32, zp=i8, group_size=128>,
@@ -26,6 +28,8 @@ func.func private @quantized(
     !llm.quantized_tensor<4x1024xi4, scale=f16, min=f16, group_size=32>,
     !llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=true>,
     !llm.quantized_tensor<4x1024xi8, group_size=64, zp=i8, scale=f32>,
+    !llm.quantized_tensor<4x1024xi4, layout=columns, scale=f16, min=f16, group_size=32>,
+    !llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=true, layout=rows>,
     !llm.mixed_quantized_tensor<4x1024x!llm.mixed<i8,i4>, scale=f32>)
 
 // CHECK: func.func private @shards(!llm.sharded_tensor<tensor<4096x4096xf16>, 1, 4, 2>)

@@ -56,7 +56,7 @@ func.func private @f(!llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=false
 func.func private @f(!llm.quantized_tensor<4x1024xi8, scale=f32, scale=f32>)
 
 // -----
-// CHECK: unknown parameter sclae: expected scale, zp, min, symmetric or group_size
+// CHECK: unknown parameter sclae: expected scale, zp, min, symmetric, group_size or layout
 func.func private @f(!llm.quantized_tensor<4x1024xi8, sclae=f32>)
 
 // -----
@@ -92,3 +92,15 @@ func.func private @f(!llm.sharded_tensor<tensor<4096x4096xf16>, 1, 4, 4>)
 func.func @f(%w: !llm.quantized_tensor<8x7xi4, scale=f32, symmetric=true>) {
   func.return
 }
+
+// -----
+// CHECK: !llm.quantized_tensor: layout: expected rows or columns, got diagonals
+func.func private @f(!llm.quantized_tensor<4x1024xi8, scale=f32, symmetric=true, layout=diagonals>)
+
+// -----
+// CHECK: !llm.quantized_tensor: layout=columns: expected a matrix of integers of 4 or 8 bits, got 4x1024 of i2
+func.func private @f(!llm.quantized_tensor<4x1024xi2, scale=f32, symmetric=true, layout=columns>)
+
+// -----
+// CHECK: !llm.quantized_tensor: layout=columns: expected a matrix of integers of 4 or 8 bits, got 2x4x1024 of i4
+func.func private @f(!llm.quantized_tensor<2x4x1024xi4, scale=f32, symmetric=true, layout=columns>)
