@@ -11,6 +11,7 @@ Parameters lie in one array, where the pass's `arrangement` says. Page arrays ar
 operation that `targets.cpu.plan.unsupported_reason` names is not lowered.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xdsl.context import Context
@@ -25,11 +26,13 @@ from xdsl.dialects.builtin import (
     i32,
 )
 from xdsl.dialects.func import ReturnOp
+from xdsl.ir import Attribute
 from xdsl.passes import ModulePass
 from xdsl_jax.dialects import stablehlo
 from xdsl_jax.dialects.stablehlo.attributes import OutputOperandAlias
 
 from llmir_jax.analysis.align import main_function
+from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import tensor
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.targets.cpu.native import NativeStep, compile_step
@@ -54,23 +57,24 @@ def lower_to_cpu(module: ModuleOp, arrangement: Arrangement) -> NativeStep:
     last = block.last_op
     assert last is not None
     results = list(last.operands)
-    types = [value.type for value in results]
+    types = _part_types([value.type for value in results])
     parameters = {place.argument for place in arrangement.places}
     others = [arg for arg in block.args if arg.index not in parameters]
-    entries = [attributes[arg.index] for arg in others]
+    entries = [attributes[arg.index] for arg in others for _ in _part_types([arg.type])]
+    kinds = _part_types([arg.type for arg in others])
     for op in reversed(list(block.ops)):
         op.detach()
         op.erase(safe_erase=False)
     for arg in list(block.args):
-        if arg not in others:
-            block.erase_arg(arg)
+        block.erase_arg(arg)
+    operands = [block.insert_arg(kind, number) for number, kind in enumerate(kinds)]
     weights = block.insert_arg(tensor((arrangement.nbytes,), _BYTE), 0)
     aliases = [
         OutputOperandAlias(_indices([number]), IntegerAttr(operand, _i64()), _indices([]))
         for number, operand in native.pages.items()
     ]
     call = stablehlo.CustomCallOp.create(
-        operands=[weights, *others],
+        operands=[weights, *operands],
         result_types=[*types, tensor((native.scratch_bytes,), _BYTE)],
         properties={
             "call_target_name": StringAttr(native.target),
@@ -85,11 +89,16 @@ def lower_to_cpu(module: ModuleOp, arrangement: Arrangement) -> NativeStep:
     return native
 
 
+def _part_types(types: Sequence[Attribute]) -> list[Attribute]:
+    """The types, with the parts of a composite type in its place."""
+    return [part for kind in types for part in (kind.parts() if isinstance(kind, llm.CompositeType) else (kind,))]
+
+
 def _i64() -> IntegerType:
     return IntegerType(64)
 
 
-def _indices(values: list[int]) -> ArrayAttr[IntegerAttr]:  # type: ignore[type-arg]
+def _indices(values: list[int]) -> ArrayAttr[IntegerAttr]:
     return ArrayAttr([IntegerAttr(value, _i64()) for value in values])
 
 

@@ -1,4 +1,4 @@
-"""Float weights become matrices of their own: arguments [outputs, inputs] that one llm.linear, or a gather of rows, reads.
+"""Float weights become matrices of their own: arguments [outputs, inputs] that an llm.linear or a gather of rows reads.
 
     @main(%w: tensor<576x1536xf32> {llmir.path = "mlp.up.kernel"}, …)      %y = llm.linear %x, %w, %b
       →

@@ -1,4 +1,4 @@
-"""Runs the @main of a module natively, every buffer up against memory that must not be touched, and by its reference."""
+"""Runs the @main of a module by its reference, and natively, every buffer beside memory that must not be touched."""
 
 import ctypes
 import mmap

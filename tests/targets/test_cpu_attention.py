@@ -1,4 +1,4 @@
-"""Attention to pages and the writing of them, natively, against their reference, on ragged batches between guard pages."""
+"""Attention to pages and the writing of them against their reference, on ragged batches between guard pages."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}{self.attributes}{'-int8' * self.int8}"
+        sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}"
+        return f"{sizes}{self.attributes}{'-int8' * self.int8}"
 
 
 CASES = [
@@ -56,9 +57,8 @@ def build(case: Case, seed: int):
     rows = sum(case.tokens) + case.padding
     tables = rng.permutation(num_pages)[: num_seqs * per_seq].reshape(num_seqs, per_seq)
     seq_ids = np.concatenate([np.repeat(np.arange(num_seqs), case.tokens), np.zeros(case.padding)])
-    positions = np.concatenate(
-        [*(b + np.arange(t) for t, b in zip(case.tokens, case.before, strict=False)), np.zeros(case.padding)]
-    )
+    chunks = [b + np.arange(t) for t, b in zip(case.tokens, case.before, strict=False)]
+    positions = np.concatenate([*chunks, np.zeros(case.padding)])
     arrays = {
         "k_pages": rng.normal(size=(num_pages, case.page_size, case.kv_heads, case.dim)),
         "v_pages": rng.normal(size=(num_pages, case.page_size, case.kv_heads, case.value_dim)),

@@ -1,4 +1,4 @@
-"""Products with packed weights, by every instruction set, against their reference, on odd shapes between guard pages."""
+"""Products with packed weights by every instruction set, against their reference, of odd shapes between guard pages."""
 
 import numpy as np
 import pytest
@@ -44,8 +44,8 @@ def make(scheme: str, n: int, k: int, rows: int, group: int | None, seed: int):
     x = rng.normal(size=(rows, k)).astype(np.float32)
     activations = "" if group is None else f", activation_bits = 8 : i32, activation_group_size = {group} : i32"
     bits = weight.bits
-    text = f"""func.func @main(%w: {weight.ir_type()} {{llmir.path = "w"}}, %x: tensor<{rows}x{k}xf32> {{llmir.role = "x"}})
-        -> tensor<{rows}x{n}xf32> {{
+    text = f"""func.func @main(%w: {weight.ir_type()} {{llmir.path = "w"}},
+        %x: tensor<{rows}x{k}xf32> {{llmir.role = "x"}}) -> tensor<{rows}x{n}xf32> {{
       %y = llm.quantized_matmul(%x, %w) {{bits = {bits} : i32, transpose_w = true{activations}}}
         : (tensor<{rows}x{k}xf32>, {weight.ir_type()}) -> tensor<{rows}x{n}xf32>
       func.return %y : tensor<{rows}x{n}xf32>
@@ -89,9 +89,10 @@ def test_compiles_for(name: str) -> None:
 def test_float_matmul(rows: int, host: Host) -> None:
     rng = np.random.default_rng()
     n, k = 37, 50
-    text = f"""func.func @main(%w: tensor<{n}x{k}xf32> {{llmir.path = "w"}}, %x: tensor<{rows}x{k}xf32> {{llmir.role = "x"}})
-        -> tensor<{rows}x{n}xf32> {{
-      %y = llm.linear %x, %w {{transpose_w = true}} : (tensor<{rows}x{k}xf32>, tensor<{n}x{k}xf32>) -> tensor<{rows}x{n}xf32>
+    text = f"""func.func @main(%w: tensor<{n}x{k}xf32> {{llmir.path = "w"}},
+        %x: tensor<{rows}x{k}xf32> {{llmir.role = "x"}}) -> tensor<{rows}x{n}xf32> {{
+      %y = llm.linear %x, %w {{transpose_w = true}}
+        : (tensor<{rows}x{k}xf32>, tensor<{n}x{k}xf32>) -> tensor<{rows}x{n}xf32>
       func.return %y : tensor<{rows}x{n}xf32>
     }}"""
     module = parse(text)

@@ -55,30 +55,33 @@ def test_functions(name: str, shape: tuple[int, int]) -> None:
         np.testing.assert_allclose(a, b, rtol=3e-6, atol=3e-6 * max(1, np.abs(b).max()))
 
 
+def kind(*shape: int) -> str:
+    return f"tensor<{'x'.join(map(str, shape))}xf32>"
+
+
 def layer(seed: int, rows: int, width: int = 48, heads: int = 4, hidden: int = 40):
     """A norm, a product whose columns are rotated, gated and added again, as float weights."""
     rng = np.random.default_rng(seed)
     dim = width // heads
-    text = f"""func.func @main(%w: tensor<{2 * hidden}x{width}xf32> {{llmir.path = "w"}},
-        %d: tensor<{width}x{hidden}xf32> {{llmir.path = "d"}}, %g: tensor<{width}xf32> {{llmir.path = "g"}},
-        %r: tensor<{width}x{width}xf32> {{llmir.path = "r"}}, %b: tensor<{width}xf32> {{llmir.path = "b"}},
-        %x: tensor<{rows}x{width}xf32> {{llmir.role = "x"}}, %c: tensor<{rows}x{dim // 2}xf32> {{llmir.role = "c"}},
-        %s: tensor<{rows}x{dim // 2}xf32> {{llmir.role = "s"}})
-        -> (tensor<{rows}x{width}xf32>, tensor<{rows}x{heads}x{dim}xf32>) {{
-      %n = llm.rms_norm %x, %g {{epsilon = 1.0e-5 : f32}} : (tensor<{rows}x{width}xf32>, tensor<{width}xf32>) -> tensor<{rows}x{width}xf32>
-      %p = llm.linear %n, %w {{transpose_w = true}} : (tensor<{rows}x{width}xf32>, tensor<{2 * hidden}x{width}xf32>) -> tensor<{rows}x{2 * hidden}xf32>
-      %a = stablehlo.slice %p [0:{rows}, 0:{hidden}] : (tensor<{rows}x{2 * hidden}xf32>) -> tensor<{rows}x{hidden}xf32>
-      %u = stablehlo.slice %p [0:{rows}, {hidden}:{2 * hidden}] : (tensor<{rows}x{2 * hidden}xf32>) -> tensor<{rows}x{hidden}xf32>
-      %l = stablehlo.logistic %a : tensor<{rows}x{hidden}xf32>
-      %m = stablehlo.multiply %a, %l : tensor<{rows}x{hidden}xf32>
-      %h = stablehlo.multiply %m, %u : tensor<{rows}x{hidden}xf32>
-      %o = llm.linear %h, %d {{transpose_w = true}} : (tensor<{rows}x{hidden}xf32>, tensor<{width}x{hidden}xf32>) -> tensor<{rows}x{width}xf32>
-      %y = stablehlo.add %x, %o : tensor<{rows}x{width}xf32>
-      %z = llm.layer_norm %y, %g, %b {{epsilon = 1.0e-5 : f32}} : (tensor<{rows}x{width}xf32>, tensor<{width}xf32>, tensor<{width}xf32>) -> tensor<{rows}x{width}xf32>
-      %q = llm.linear %z, %r {{transpose_w = true}} : (tensor<{rows}x{width}xf32>, tensor<{width}x{width}xf32>) -> tensor<{rows}x{width}xf32>
-      %q3 = stablehlo.reshape %q : (tensor<{rows}x{width}xf32>) -> tensor<{rows}x{heads}x{dim}xf32>
-      %t = llm.rope %q3, %c, %s {{rotary_dim = {dim} : i64}} : (tensor<{rows}x{heads}x{dim}xf32>, tensor<{rows}x{dim // 2}xf32>, tensor<{rows}x{dim // 2}xf32>) -> tensor<{rows}x{heads}x{dim}xf32>
-      func.return %y, %t : tensor<{rows}x{width}xf32>, tensor<{rows}x{heads}x{dim}xf32>
+    x, p, h, q = kind(rows, width), kind(rows, 2 * hidden), kind(rows, hidden), kind(rows, heads, dim)
+    g, w, d, r, c = kind(width), kind(2 * hidden, width), kind(width, hidden), kind(width, width), kind(rows, dim // 2)
+    text = f"""func.func @main(%w: {w} {{llmir.path = "w"}}, %d: {d} {{llmir.path = "d"}}, %g: {g} {{llmir.path = "g"}},
+        %r: {r} {{llmir.path = "r"}}, %b: {g} {{llmir.path = "b"}}, %x: {x} {{llmir.role = "x"}},
+        %c: {c} {{llmir.role = "c"}}, %s: {c} {{llmir.role = "s"}}) -> ({x}, {q}) {{
+      %n = llm.rms_norm %x, %g {{epsilon = 1.0e-5 : f32}} : ({x}, {g}) -> {x}
+      %p = llm.linear %n, %w {{transpose_w = true}} : ({x}, {w}) -> {p}
+      %a = stablehlo.slice %p [0:{rows}, 0:{hidden}] : ({p}) -> {h}
+      %u = stablehlo.slice %p [0:{rows}, {hidden}:{2 * hidden}] : ({p}) -> {h}
+      %l = stablehlo.logistic %a : {h}
+      %m = stablehlo.multiply %a, %l : {h}
+      %h = stablehlo.multiply %m, %u : {h}
+      %o = llm.linear %h, %d {{transpose_w = true}} : ({h}, {d}) -> {x}
+      %y = stablehlo.add %x, %o : {x}
+      %z = llm.layer_norm %y, %g, %b {{epsilon = 1.0e-5 : f32}} : ({x}, {g}, {g}) -> {x}
+      %q = llm.linear %z, %r {{transpose_w = true}} : ({x}, {r}) -> {x}
+      %q3 = stablehlo.reshape %q : ({x}) -> {q}
+      %t = llm.rope %q3, %c, %s {{rotary_dim = {dim} : i64}} : ({q}, {c}, {c}) -> {q}
+      func.return %y, %t : {x}, {q}
     }}"""
     shapes = [(2 * hidden, width), (width, hidden), (width,), (width, width), (width,), (rows, width)]
     shapes += [(rows, dim // 2)] * 2

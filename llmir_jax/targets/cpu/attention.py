@@ -570,4 +570,4 @@ def dtype_name(kind: Attribute) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionShape", "attention_kernel", "sums_of_lanes", "pages_reason"]
+__all__ = ["AttentionShape", "attention_kernel", "pages_reason", "sums_of_lanes"]

@@ -1,7 +1,8 @@
 """The door between XLA and native code: a handler of XLA's foreign function interface, as LLVM IR.
 
 XLA calls `handler(XLA_FFI_CallFrame*)` (`xla/ffi/api/c_api.h`). Asked for its metadata it answers with the version of
-the interface; else it puts the addresses of the operands' and results' data side by side and lets the team run the step.
+the interface; else it puts the addresses of the operands' and results' data side by side and lets the team run the
+step.
 """
 
 import ctypes

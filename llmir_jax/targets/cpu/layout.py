@@ -7,11 +7,13 @@ The matrix x [N, K] of a `QuantizedArray` is cut into tiles of 16 rows and block
     x[n, k] = (u[n, k] - bias) · scale[n, k // B]                      else
 
 A zero point z becomes the minimum -(bias + z) · scale, in float32. Columns of a block are padded with u = bias (0 where
-minima are stored) to B' = B rounded up to a multiple of 4 (8 for 4 bits), rows to a multiple of 16 with zeros. Then, with
-G = K / B blocks a row, n = 16·t + i, k = B·g + j, the bytes of block (t, g) begin at (t · G + g) · block_bytes, and in it
+minima are stored) to B' = B rounded up to a multiple of 4 (8 for 4 bits), rows to a multiple of 16 with zeros. Then,
+with G = K / B blocks a row, n = 16·t + i, k = B·g + j, the bytes of block (t, g) begin at (t · G + g) · block_bytes,
+and in it
 
-    8 bits      byte 64·(j // 4) + 4·i + j % 4                       is u
-    4 bits      byte 64·(h // 4) + 4·i + h % 4, h = j % (B'/2)       has u in its low four bits if j < B'/2, else in its high
+    8 bits      byte 64·(j // 4) + 4·i + j % 4 is u
+    4 bits      byte 64·(h // 4) + 4·i + h % 4, where h = j % (B'/2), has u in its low four bits if j < B'/2, else in
+                its high ones
     scales      side[i] after the B' · 16 · bits / 8 bytes of u
     minima      side[i] after the scales
 
@@ -142,10 +144,10 @@ def pack_weight(array: QuantizedArray, layout: PackedFormat) -> Bytes:
     rows = np.full((tiles * ROWS, blocks, padded), layout.bias, np.uint8)
     rows[:n, :, : layout.block] = u.reshape(n, blocks, layout.block)
     # [tile, i, block, quad, 4] → [tile, block, quad, i, 4]
-    quads = rows.reshape(tiles, ROWS, blocks, padded // 4, 4).transpose(0, 2, 3, 1, 4)
+    quads: Bytes = rows.reshape(tiles, ROWS, blocks, padded // 4, 4).transpose(0, 2, 3, 1, 4)
     if layout.bits == 4:
         half = padded // 8
-        quads = quads[:, :, :half] | (quads[:, :, half:] << 4)
+        quads = quads[:, :, :half] | (quads[:, :, half:] << np.uint8(4))
     out[:, :, : layout.value_bytes] = quads.reshape(tiles, blocks, -1)
     at = layout.value_bytes
     for side in [scales] if minima is None else [scales, minima]:
@@ -161,9 +163,9 @@ def _unsigned(array: QuantizedArray, values: np.ndarray[Any, Any]) -> Bytes:
     """u uint8[N, K]."""
     if array.bits == 4:
         nibbles = np.stack([values & 15, values >> 4], -1).reshape(array.shape).astype(np.uint8)
-        return nibbles if array.minima is not None else nibbles ^ 8
+        return nibbles if array.minima is not None else nibbles ^ np.uint8(8)
     raw = values.view(np.uint8)
-    return raw if array.minima is not None else raw ^ 128
+    return raw if array.minima is not None else raw ^ np.uint8(128)
 
 
 def unpack_weight(content: jax.Array, layout: PackedFormat, like: QuantizedArray) -> QuantizedArray:

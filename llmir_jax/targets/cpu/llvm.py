@@ -425,17 +425,19 @@ def optimize(text: str, machine: binding.TargetMachine) -> binding.ModuleRef:
     return module
 
 
+_kept: "list[Compiled]" = []
+"""All that was compiled, so that it stays."""
+
+
 class Compiled:
     """Native code of a module in this process. It stays until the process ends: threads and XLA hold its addresses."""
-
-    _kept: "list[Compiled]" = []
 
     def __init__(self, text: str, host: Host):
         machine = machine_for(host, jit=True)
         self._module = optimize(text, machine)
         self._engine = binding.create_mcjit_compiler(self._module, machine)
         self._engine.finalize_object()
-        Compiled._kept.append(self)
+        _kept.append(self)
 
     def address(self, name: str) -> int:
         """Of a public function."""

@@ -6,7 +6,6 @@ buffers that it reads and writes. Columns run in vectors, the rest one by one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from xdsl.dialects.builtin import TensorType
@@ -347,7 +346,6 @@ class Loops:
         assert group % weight.block == 0
 
         def body(kernel: Kernel, row: _Row) -> None:
-            f = kernel.f
             base = kernel.pointer(target)
 
             def element(evaluator: Evaluator, column: Index) -> Value:

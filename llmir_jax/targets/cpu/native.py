@@ -36,13 +36,13 @@ def compile_step(main: FuncOp, arrangement: Arrangement) -> NativeStep:
     threads = team()
     planner = Planner(main, arrangement, host, threads.size)
     plan = planner.run()
-    num_results = len(planner.ops[-1].operands) + 1
+    num_results = planner.num_results + 1
     text = plan.text + handler_ir(planner.num_operands, num_results)
     name = f"llmir_cpu_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if name not in _registered:
         _registered[name] = Compiled(text, host).address("handler")
         register(name, _registered[name])
-    pages = {number: planner.stored.buffers[argument].offset for number, argument in planner.page_results.items()}
+    pages = {number: buffer.offset for number, buffer in planner.page_results.items()}
     return NativeStep(target=name, scratch_bytes=plan.scratch_bytes, pages=pages, plan=plan)
 
 

@@ -129,16 +129,16 @@ def unsupported_reason(op: Operation) -> str | None:
         reason = reduce_reason(op)
         if reason is not None:
             return f"{where}: {reason}"
-        kinds = {dtype_of(value).name for value in op.operands}
-        return None if kinds <= {"float32", "int32", "bool"} else f"{where}: of {', '.join(sorted(kinds))}"
+        names = {dtype_of(value).name for value in op.operands}
+        return None if names <= {"float32", "int32", "bool"} else f"{where}: of {', '.join(sorted(names))}"
     if isinstance(op, stablehlo.ConcatenateOp):
         kind = dtype_of(op.results[0]).name
         return None if kind in expressions.ELEMENTS else f"{where}: of {kind}"
     if isinstance(op, llm.QuantizedMatmulOp):
         return _matmul_reason(op, where)
     if isinstance(op, stablehlo.DotGeneralOp):
-        kinds = {dtype_of(value).name for value in (op.lhs, op.rhs, op.results[0])}
-        return None if kinds == {"float32"} else f"{where}: of {', '.join(sorted(kinds))}"
+        names = {dtype_of(value).name for value in (op.lhs, op.rhs, op.results[0])}
+        return None if names == {"float32"} else f"{where}: of {', '.join(sorted(names))}"
     if isinstance(op, llm.LinearOp):
         plain = isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w)
         if not plain or {dtype_of(value).name for value in (op.x, op.w, op.output)} != {"float32"}:
@@ -291,9 +291,9 @@ class Planner:
         if _is_root_op(op):
             return {("root", op)}
         (result,) = op.results
-        keys = {("stored", result)} if result in self.valued else set(self.keys[result])
+        keys: set[object] = {("stored", result)} if result in self.valued else set(self.keys[result])
         if isinstance(op, _Norm) and operand == 0:
-            keys = keys | {("statistics", op)}
+            keys.add(("statistics", op))
         return keys
 
     # Roots and items

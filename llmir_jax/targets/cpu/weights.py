@@ -112,7 +112,8 @@ def activation_group(weight: BlockArgument) -> int | None:
         op = use.operation
         if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
             size = op.activation_group_size
-            return weight.type.get_shape()[1] if size is None else int(size.value.data)  # type: ignore[union-attr]
+            assert isinstance(weight.type, llm.QuantizedTensorType)
+            return weight.type.get_shape()[1] if size is None else int(size.value.data)
     return None
 
 
@@ -129,6 +130,7 @@ def arrange(main: FuncOp) -> Arrangement:
     """Places for the parameters of @main."""
     places = []
     offset = 0
+    layout: PackedFormat | None
     for arg, path in signature.parameter_paths(main):
         if isinstance(arg.type, llm.QuantizedTensorType):
             layout = packed_format(arg.type, activation_group(arg))
