@@ -138,7 +138,8 @@ class Decoder:
             verify: run the self-check (see `llmir_jax.verify`).
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
-            target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
+            target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is. On a
+                CPU the step is native code where it can be; the report says why not where it is not.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
                 `llmir_jax.quantization.rules`), or `MixedPrecision`.
             calibration: text that is run through the model, to round weights by what it shows and to find static scales
@@ -211,7 +212,7 @@ class Decoder:
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
-            native=target == "cpu",
+            native=platform == "cpu" and target in (None, "cpu"),
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:

@@ -108,7 +108,9 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self.value))
+        if isinstance(self.value, QuantizedArray):
+            return self.value.nbytes
+        return prod(self.value.shape) * jnp.dtype(self.value.dtype).itemsize
 
     def describe(self, plan: Plan | None) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
@@ -252,7 +254,7 @@ def dense(
         for piece in weight.pieces:
             quantized.setdefault(piece.path, []).append((piece.matrix, piece.of(value)))
     return [
-        _assembled(parameter, quantized[parameter.path]) if parameter.path in quantized else found[parameter.path]
+        found[parameter.path] if parameter.path in found else _assembled(parameter, quantized[parameter.path])
         for parameter in parameters
     ]
 
@@ -261,7 +263,9 @@ def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, Quantiz
     """A parameter put together from the matrices that lie in it; zeros where there is none."""
     pairs = sorted(parts, key=lambda pair: pair[0].offset)
     size = prod(parameter.shape)
-    if all(matrix.span is not None for matrix, _ in pairs):
+    spans = [matrix.span for matrix, _ in pairs]
+    ends = [0, *(begin + length for begin, length in filter(None, spans))]
+    if None not in spans and all(span[0] >= end for span, end in zip(filter(None, spans), ends, strict=False)):
         return jnp.concatenate(list(_runs(pairs, size, parameter.dtype))).reshape(parameter.shape)
     whole = jnp.zeros(size, parameter.dtype)
     for matrix, value in pairs:

@@ -25,6 +25,7 @@ LONGEST = 40  # tokens
 
 def build(params: Any, quantize: Any = None, **options: Any) -> Decoder:
     options = {"max_seqs": 2, "page_size": 4, "num_pages": 20, "max_seq_len": LONGEST, "buckets": (8,)} | options
+    options.setdefault("target", "reference")  # the arrays and the programs looked at here are those of XLA
     return llmir.jit(forward, quantize=quantize).decoder(params, **options)
 
 

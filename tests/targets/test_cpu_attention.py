@@ -41,6 +41,7 @@ CASES = [
     Case(tokens=(2, 1, 5), attributes=", softcap = 3.0 : f32"),
     Case(tokens=(2, 1, 5), slopes=True, attributes=", softcap = 5.0 : f32, window = 30 : i64"),
     Case(tokens=(1, 3), before=(2, 6), attributes=", causal = false"),
+    Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(1, 2, 0)),
     Case(int8=True, tokens=(3, 1, 2)),
     Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), int8=True, padding=1),
     Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), int8=True),

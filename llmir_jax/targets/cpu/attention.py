@@ -505,6 +505,8 @@ def sums_of_lanes(f: Function, vectors: list[Value]) -> Value:
     """The sum of the lanes of each vector, as one vector with a lane for each: a tree of shuffles and additions."""
 
     lanes = lanes_of(vectors[0].type)
+    if lanes == 1:
+        return f.join(vectors)
     count = len(vectors)
     level = list(vectors)
     # Each step halves the lanes that a sum is spread over, and puts two vectors side by side.
