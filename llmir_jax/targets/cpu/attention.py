@@ -24,7 +24,7 @@ from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
-from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant, constants, lanes_of, vector
+from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
 from llmir_jax.targets.cpu.matmul import half_to_float
 
 MAX_HEADS = 4
@@ -461,7 +461,7 @@ class _Attention:
             for h, total in enumerate(totals):
                 assert total is not None
                 partial[h].append(total)
-        return [sums_of_lanes(f, vectors) for vectors in partial]
+        return [f.join_lanes(vectors, "fadd") for vectors in partial]
 
     def _weigh(
         self,
@@ -501,45 +501,6 @@ class _Attention:
         return f.loop(skip, stop, 1, one, values)
 
 
-def sums_of_lanes(f: Function, vectors: list[Value]) -> Value:
-    """The sum of the lanes of each vector, as one vector with a lane for each: a tree of shuffles and additions."""
-
-    lanes = lanes_of(vectors[0].type)
-    if lanes == 1:
-        return f.join(vectors)
-    count = len(vectors)
-    level = list(vectors)
-    # Each step halves the lanes that a sum is spread over, and puts two vectors side by side.
-    spread = lanes
-    while spread > 1:
-        if len(level) == 1:
-            half = spread // 2
-            groups = lanes_of(level[0].type) // spread
-            low = [g * spread + i for g in range(groups) for i in range(half)]
-            a = f.shuffle(level[0], level[0], low)
-            b = f.shuffle(level[0], level[0], [i + half for i in low])
-            level = [f.binary("fadd", a, b)]
-            spread = half
-            continue
-        half = spread // 2
-        width = lanes_of(level[0].type)
-        groups = width // spread
-        low = [g * spread + i for g in range(groups) for i in range(half)]
-        high = [i + half for i in low]
-        joined = []
-        for a, b in zip(level[::2], level[1::2], strict=True):
-            first = f.shuffle(a, b, low + [width + i for i in low])
-            second = f.shuffle(a, b, high + [width + i for i in high])
-            joined.append(f.binary("fadd", first, second))
-        level = joined
-        spread = half
-    while len(level) > 1:
-        width = lanes_of(level[0].type)
-        level = [f.shuffle(a, b, range(2 * width)) for a, b in zip(level[::2], level[1::2], strict=True)]
-    assert lanes_of(level[0].type) == count
-    return level[0]
-
-
 def attention_kernel(
     module: Module,
     stored: Stored,
@@ -572,4 +533,4 @@ def dtype_name(kind: Attribute) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionShape", "attention_kernel", "pages_reason", "sums_of_lanes"]
+__all__ = ["AttentionShape", "attention_kernel", "pages_reason"]

@@ -312,6 +312,40 @@ class Function:
             return self.extract(value, 0)
         return self.intrinsic(f"llvm.vector.reduce.{op}.{suffix}", element, [value])
 
+    def join_lanes(self, vectors: Sequence[Value], op: str) -> Value:
+        """All lanes of each vector joined by an operation ("fadd", "umax" …): a vector with a lane for each.
+
+        A tree: each level halves the lanes that a result is spread over, and puts two vectors side by side.
+        """
+        level = list(vectors)
+        spread = lanes_of(level[0].type)
+        if spread == 1:
+            return self.join(level)
+        while spread > 1:
+            half, width = spread // 2, lanes_of(level[0].type)
+            low = [g * spread + i for g in range(width // spread) for i in range(half)]
+            high = [i + half for i in low]
+            if len(level) == 1:
+                parts = [self.shuffle(level[0], level[0], lanes) for lanes in (low, high)]
+                level = [self.combine(op, *parts)]
+            else:
+                joined = []
+                for a, b in zip(level[::2], level[1::2], strict=True):
+                    parts = [self.shuffle(a, b, lanes + [width + i for i in lanes]) for lanes in (low, high)]
+                    joined.append(self.combine(op, *parts))
+                level = joined
+            spread = half
+        while len(level) > 1:
+            width = lanes_of(level[0].type)
+            if width == 1:
+                return self.join(level)
+            level = [self.shuffle(a, b, range(2 * width)) for a, b in zip(level[::2], level[1::2], strict=True)]
+        return level[0]
+
+    def combine(self, op: str, a: Value, b: Value) -> Value:
+        """An instruction, or an intrinsic for what is none ("umax")."""
+        return self.overloaded(f"llvm.{op}", [a, b]) if op in ("umax", "smax") else self.binary(op, a, b)
+
     # Memory
 
     def alloca(self, size: int) -> Value:

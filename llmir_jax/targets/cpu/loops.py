@@ -18,7 +18,7 @@ from llmir_jax.dialects.llm.common import float_of
 from llmir_jax.targets.cpu.expressions import ELEMENTS, Buffer, Evaluator, NotAVector, Stored, elementwise
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, unravel, variable
 from llmir_jax.targets.cpu.kernel import Kernel
-from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, element_of
+from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, element_of, vector
 from llmir_jax.targets.cpu.matmul import InputFormat
 
 RANGE = ("row_lo", "row_hi", "col_lo", "col_hi")
@@ -402,10 +402,20 @@ def _prepare_row(
                 f.store(side, base, f.add(offset, inputs.side(i)), align=4)
         return []
 
+    done = 0
+    if inputs.is_int8 and scales is None and blocks == 1 and weight.padded_block == group and group % row.lanes == 0:
+        done = num_groups // row.lanes * row.lanes if row.lanes > 1 else 0
+
+    def groups(number: Value, carried: list[Value]) -> list[Value]:
+        row.round_groups(element, number, num_groups, group, inputs, base)
+        return []
+
+    if done:
+        f.loop(0, done // row.lanes, 1, groups)
     if num_groups == 1:
         one_group(Value("i64", "0"), [])
-    else:
-        f.loop(0, num_groups, 1, one_group)
+    elif done < num_groups:
+        f.loop(done, num_groups, 1, one_group)
 
 
 def dynamic_multiple(number: Value, extent: int, factor: int) -> Index:
@@ -578,6 +588,71 @@ class _Row:
         for at in range(length, padded):
             f.store(constant("i8", 0), base, f.add(place, at))
         return total
+
+    def round_groups(
+        self,
+        make: Callable[[Evaluator, Index], Value],
+        number: Value,
+        num_groups: int,
+        group: int,
+        inputs: InputFormat,
+        base: Value,
+    ) -> None:
+        """As many groups as there are lanes, each rounded to 8 bits by its largest value: their numbers are vectors.
+
+        `number` counts such bundles. Largest values are compared as integers, the order of positive floats, in which
+        NaN comes last and so spreads.
+        """
+        f, lanes = self.kernel.f, self.lanes
+        first = f.mul(number, lanes)
+        start = dynamic(number, num_groups // lanes) * (lanes * group)
+        var = Var("lane", lanes, lanes)
+        variables: dict[Var, Number] = {self.row_var: self.number, var: 0}
+
+        def at(member: int, part: int) -> Value:
+            kernel = self.kernel
+            evaluator = Evaluator(kernel.f, self.loops.stored, kernel.pointer, variables, var, lanes)
+            return make(evaluator, start + Index(member * group + part * lanes) + variable(var))
+
+        ints, floats = vector("i32", lanes), vector("float", lanes)
+        largest = []
+        for member in range(lanes):
+            sizes = [f.bitcast(f.overloaded("llvm.fabs", [at(member, i)]), ints) for i in range(group // lanes)]
+            while len(sizes) > 1:
+                sizes = [*sizes[2:], f.combine("umax", sizes[0], sizes[1])]
+            largest.append(sizes[0])
+        scale = f.binary("fdiv", f.bitcast(f.join_lanes(largest, "umax"), floats), constant("float", 127.0, lanes))
+        positive = f.fcompare("ugt", scale, constant("float", 0.0, lanes))
+        quotient = f.binary("fdiv", constant("float", 1.0, lanes), scale)
+        inverse = f.select(positive, quotient, constant("float", 0.0, lanes))
+        kept = f.alloca(8 * lanes)
+        f.store(scale, kept, 0, align=4)
+        f.store(inverse, kept, 4 * lanes, align=4)
+        sums = []
+        for member in range(lanes):
+            divisor = f.splat(f.load("float", kept, 4 * member, align=4), lanes)
+            by = f.splat(f.load("float", kept, 4 * (lanes + member), align=4), lanes)
+            total: Value | None = None
+            for i in range(group // lanes):
+                q = self._rounded(at(member, i), divisor, by)
+                place = f.add(f.mul(self.number, inputs.row_bytes), f.mul(f.add(first, member), group))
+                f.store(f.cast("trunc", q, "i8"), base, f.add(place, i * lanes))
+                total = q if total is None else f.binary("add", total, q)
+            assert total is not None
+            sums.append(total)
+        total = f.join_lanes(sums, "add")
+        sides = [scale, total, f.binary("fmul", scale, f.cast("sitofp", total, "float"))]
+        for i, side in enumerate(sides):
+            offset = f.add(f.mul(self.number, 4 * inputs.weight.num_blocks), f.mul(first, 4))
+            f.store(side, base, f.add(offset, inputs.side(i)), align=4)
+
+    def _rounded(self, x: Value, divisor: Value, inverse: Value) -> Value:
+        """x / divisor, correctly rounded as a division is: the quotient, and what it left divided again; as i32."""
+        f = self.kernel.f
+        quotient = f.binary("fmul", x, inverse)
+        left = f.fma(f.emit(quotient.type, f"fneg {quotient.type} {quotient.ref}"), divisor, x)
+        quotient = f.fma(left, inverse, quotient)
+        return f.cast("fptosi", f.overloaded("llvm.rint", [quotient]), "i32")
 
     def segment_copy(
         self,
