@@ -103,6 +103,22 @@ def test_layer_compiles_for(name: str) -> None:
     assert native_assembly(layer(0, 3)[0], KNOWN_HOSTS[name])
 
 
+def test_norm_of_a_norm_that_is_added() -> None:
+    """What a norm needs is there before the norm, where its result is stored."""
+    x, g = kind(3, 20), kind(20)
+    text = f"""func.func @main(%g: {g} {{llmir.path = "g"}}, %x: {x} {{llmir.role = "x"}}) -> ({x}, {x}) {{
+      %a = llm.layer_norm %x, %g, %g {{epsilon = 1.0e-5 : f32}} : ({x}, {g}, {g}) -> {x}
+      %b = llm.rms_norm %a, %g {{epsilon = 1.0e-5 : f32}} : ({x}, {g}) -> {x}
+      %c = stablehlo.add %b, %x : {x}
+      %d = stablehlo.multiply %b, %c : {x}
+      func.return %c, %d : {x}, {x}
+    }}"""
+    module, rng = parse(text), np.random.default_rng()
+    values = [rng.normal(size=shape).astype(np.float32) for shape in ((20,), (3, 20))]
+    for got, expected in zip(run_native(module, values), run_reference(module, values), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_reasons_name_the_operation() -> None:
     module = of(lambda x: jnp.fft.fft(x).real, np.zeros((2, 8), np.float32))
     found = reasons(main_function(with_matrices(module)))

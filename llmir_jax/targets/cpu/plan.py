@@ -57,7 +57,7 @@ _Norm = llm.RMSNormOp | llm.LayerNormOp
 class Root:
     """What stores elements one by one: a value, or the writing of pages."""
 
-    order: float
+    order: float  # of the operation in @main; what it needs beside its operands comes a little before
     target: Buffer
     shape: tuple[int, ...]
     body: Callable[[Domain], Body]
@@ -81,7 +81,7 @@ class Attached:
 class Item:
     """A call of a function by every thread."""
 
-    order: float
+    order: float  # of the operation in @main; what it needs beside its operands comes a little before
     name: str
     buffers: list[Buffer]
     reads: set[Buffer]
@@ -672,7 +672,7 @@ class Planner:
                 target = self.stored.statistics[op]
                 name, buffers = self.loops.statistics(op, target)
                 shape = shape_of(op.x)
-                self._add_item(i, name, buffers, {target}, ("rows", target.shape[0], shape[-1]))
+                self._add_item(i - 0.25, name, buffers, {target}, ("rows", target.shape[0], shape[-1]))
             elif isinstance(op, stablehlo.ReduceOp):
                 target = self.stored.buffers[op.results[0]]
                 name, buffers = self.loops.reduce(op, target)
