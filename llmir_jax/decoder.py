@@ -138,7 +138,8 @@ class Decoder:
             verify: run the self-check (see `llmir_jax.verify`).
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
-            target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is.
+            target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is. On a
+                CPU the step is native code where it can be; the report says why not where it is not.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
                 `llmir_jax.quantization.rules`), or `MixedPrecision`.
             calibration: text that is run through the model, to round weights by what it shows and to find static scales
@@ -205,6 +206,7 @@ class Decoder:
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
+            native=platform == "cpu" and target in (None, "cpu"),
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
@@ -339,9 +341,9 @@ class Decoder:
                 form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, _cache_dtype(kind))
                 forms[form] = forms.get(form, 0) + 1
         names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
-        reference = f"the reference decomposition, compiled by XLA for {self._platform}"
+        server = self._server()
         entries = tuple(
-            AttentionEntry(layers=n, served_by=reference, **dict(zip(names, form, strict=True)))
+            AttentionEntry(layers=n, served_by=server, **dict(zip(names, form, strict=True)))
             for form, n in forms.items()
         )
         check = self._check
@@ -352,13 +354,9 @@ class Decoder:
         return Report(
             attention=entries,
             operations=counts,
-            served_by={
-                name: f"{reference} (this version has no kernels of its own)"
-                for name in sorted(counts)
-                if name.startswith("llm.")
-            },
+            served_by={name: server for name in sorted(counts) if name.startswith("llm.")},
             parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
-            parameter_bytes=sum(weight.value.nbytes for weight in self._step.weights),
+            parameter_bytes=sum(weight.nbytes for weight in self._step.weights),
             not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
             unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
             cache_bytes=sum(g.nbytes for g in self._step.cache_groups),
@@ -375,6 +373,18 @@ class Decoder:
             seconds=dict(self._recorder.seconds),
             notes=self._notes,
         )
+
+    def _server(self) -> str:
+        """What computes the step, and why."""
+        if self._step.is_native:
+            from llmir_jax.targets.cpu.host import this_host
+            from llmir_jax.targets.cpu.team import team
+
+            return f"native code for {this_host()}, {team().size} threads"
+        reference = f"the reference decomposition, compiled by XLA for {self._platform}"
+        if self._step.not_native:
+            return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
+        return f"{reference} (no kernels of its own were asked for)"
 
     # The self-check
 
@@ -395,7 +405,8 @@ class Decoder:
 
         @jax.jit
         def forward(values: Sequence[Any], others: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-            (logits,) = self._traced.flat_fn(*dense(parameters, weights, values, others), tokens)
+            own = self._step.values(values)
+            (logits,) = self._traced.flat_fn(*dense(parameters, weights, own, others), tokens)
             return logits.astype(jnp.float32)[0]
 
         def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -61,8 +61,8 @@ def jit(
         quantize: what a decoder's weights become: "int8", "int4", another scheme, or rules by the parameter's path such
             as ``{"layers/.*/mlp": "int4", ".*norm": None}``. A direct call computes with the model's own weights.
         mesh: not available in this version.
-        target: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version every target runs
-            the reference decomposition, compiled by XLA.
+        target: of a decoder: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version
+            the CPU has native code, and the others run the reference decomposition, compiled by XLA.
 
     Returns:
         A `Jitted`, or without ``fn`` a decorator that makes one.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
@@ -40,6 +40,9 @@ from llmir_jax.transforms.remove_dead_arguments import RemoveDeadArgumentsPass
 from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
 from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Weights, find_weights
+
+if TYPE_CHECKING:
+    from llmir_jax.targets.cpu.weights import Arrangement
 
 PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]], int], Plan]
 """Plans the quantization of weights, from the shape of every parameter, (outputs, inputs) of those that can be
@@ -142,15 +145,22 @@ def _explained(plan: Plan, weights: Weights) -> Plan:
     return replace(plan, kept={**plan.kept, **weights.reasons, **chosen})
 
 
-def specialize_step(derived: Derived, tokens: int, recorder: Recorder) -> ModuleOp:
-    """The step for `tokens` tokens, lowered to what runs."""
+def specialize_step(
+    derived: Derived, tokens: int, recorder: Recorder, arrangement: "Arrangement | None" = None
+) -> ModuleOp:
+    """The step for `tokens` tokens, lowered to what runs: native code where its parameters have an `arrangement`."""
     module = derived.module.clone()
     rows = derived.max_seqs
+    lower: ModulePass = LowerToReferencePass()
+    if arrangement is not None:
+        from llmir_jax.transforms.lower_to_cpu import LowerToCpuPass  # here, since other targets need no LLVM
+
+        lower = LowerToCpuPass(arrangement=arrangement)
     return recorder.run(
         module,
         SinkLogitsRowsPass(at_logits=tokens <= rows),  # with so few tokens, logits for all cost less than for the rows
         SpecializeTokensPass(tokens=tokens),
-        LowerToReferencePass(),
+        lower,
     )
 
 

@@ -1,11 +1,13 @@
 """The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
+from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function
@@ -20,7 +22,10 @@ from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
-from llmir_jax.weights import WeightSource, fill
+from llmir_jax.weights import Weight, WeightSource, describe, fill
+
+if TYPE_CHECKING:
+    from llmir_jax.targets.cpu.weights import Arrangement
 
 
 def _number(attributes: dict[str, Any], name: str) -> int | None:
@@ -39,8 +44,16 @@ class DerivedStep:
         max_seqs: int,
         buckets: tuple[int, ...],
         recorder: Recorder,
+        native: bool = False,
         rounding: Rounding = plain_rounding,
     ):
+        self.not_native: tuple[str, ...] = ()
+        """Why the step is not native code, where it was to be."""
+        if native:
+            prepared = _with_matrices(derived, recorder)
+            self.not_native = _reasons(prepared)
+            native = not self.not_native
+            derived = prepared if native else derived
         self._derived = derived
         self._recorder = recorder
         self._modules: dict[int, ModuleOp] = {}
@@ -50,10 +63,43 @@ class DerivedStep:
         main = main_function(derived.module)
         self._attributes = signature.argument_attributes(main)
         self._args = list(main.body.block.args)
-        self.weights = tuple(fill(derived.module, derived.plan, source, rounding))
-        self.params: tuple[jax.Array | QuantizedArray, ...] = tuple(weight.value for weight in self.weights)
+        self._arrangement: Arrangement | None = None
+        self.weights: tuple[Weight, ...]
+        self.params: tuple[jax.Array | QuantizedArray, ...]
+        if native:
+            self._pack(main, fill(derived.module, derived.plan, source, rounding))
+        else:
+            self.weights = tuple(fill(derived.module, derived.plan, source, rounding))
+            self.params = tuple(weight.value for weight in self.weights)
         self.vocab_size = shape_of(signature.results(main)[0])[-1]
         self.cache_groups = self._groups()
+
+    def _pack(self, main: FuncOp, weights: Iterator[Weight]) -> None:
+        """All parameters as the one array that native code reads."""
+        from llmir_jax.targets.cpu.weights import arrange  # here, since other targets need no LLVM
+
+        self._arrangement = arrange(main)
+        packed: list[Weight] = []
+
+        def values() -> Iterator[jax.Array | QuantizedArray]:
+            for weight in weights:
+                packed.append(weight)
+                yield weight.value
+                packed[-1] = replace(weight, value=describe(weight.value))
+
+        self.params = (self._arrangement.fill(values()),)
+        self.weights = tuple(packed)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the step is native code for this machine's CPU."""
+        return self._arrangement is not None
+
+    def values(self, params: Any) -> list[Any]:
+        """The value of each of `weights`, of what `params` holds. Traceable."""
+        if self._arrangement is None:
+            return list(params)
+        return self._arrangement.values(params[0], [weight.value for weight in self.weights])
 
     @property
     def derived_module(self) -> ModuleOp:
@@ -116,17 +162,19 @@ class DerivedStep:
     def module(self, bucket: int) -> ModuleOp:
         """The step for `bucket` tokens, as it is compiled."""
         if bucket not in self._modules:
-            self._modules[bucket] = specialize_step(self._derived, bucket, self._recorder)
+            self._modules[bucket] = specialize_step(self._derived, bucket, self._recorder, self._arrangement)
         return self._modules[bucket]
 
     def step(self, params: Any, cache: Cache, batch: StepBatch) -> tuple[jax.Array, Cache]:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""
         module = self.module(batch.tokens.shape[0])
         remaining = iter(params)
-        args: list[Any] = []
+        args: list[Any] = [next(remaining)] if self.is_native else []
         for index, attributes in enumerate(self._attributes):
             role = self._role(index)
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
+            if role is None and self.is_native:
+                continue
             if role is None:
                 param = next(remaining)
                 args += param.composite_parts() if isinstance(param, QuantizedArray) else [param]
@@ -155,6 +203,20 @@ class DerivedStep:
         if isinstance(kind, llm.QuantizedTensorType):
             return tuple(next(arrays) for _ in kind.parts())
         return next(arrays)
+
+
+def _with_matrices(derived: Derived, recorder: Recorder) -> Derived:
+    """The derived step with its float weights in the form that native code packs."""
+    from llmir_jax.transforms.matrix_weights import MatrixWeightsPass
+
+    return replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
+
+
+def _reasons(derived: Derived) -> tuple[str, ...]:
+    """Why the step cannot be native code."""
+    from llmir_jax.targets.cpu.plan import reasons
+
+    return tuple(reasons(main_function(derived.module)))
 
 
 def _zeros(kind: Attribute) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
@@ -16,7 +17,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.quantization import Plan, QuantizedArray, Rounding, Scheme, plain_rounding
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
-from llmir_jax.transforms.weight_quantization import stored_matrices
+from llmir_jax.transforms.weight_quantization import PARTS, ROWS, stored_matrices
 
 
 class WeightSource(Protocol):
@@ -88,8 +89,10 @@ class Piece:
     start: int
     stop: int
 
-    def of(self, value: QuantizedArray) -> QuantizedArray:
+    def of(self, value: QuantizedArray | jax.Array) -> QuantizedArray | jax.Array:
         """These rows of the argument's value. Traceable."""
+        if not isinstance(value, QuantizedArray):
+            return value[self.start : self.stop]
         return value.span(self.start, self.stop)
 
 
@@ -102,16 +105,29 @@ class Weight:
     pieces: tuple[Piece, ...] = ()
     """What a quantized value is made of."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        if isinstance(self.value, QuantizedArray):
+            return self.value.nbytes
+        return prod(self.value.shape) * jnp.dtype(self.value.dtype).itemsize
+
     def describe(self, plan: Plan | None) -> Iterator[tuple[str, str]]:
         """Each parameter that it is made of, and what became of it: dtype or format, and shape."""
-        if not isinstance(self.value, QuantizedArray):
+        if not self.pieces:
             yield self.path, f"{self.value.dtype}{list(self.value.shape)}"
-            return
         for piece in self.pieces:
-            assert plan is not None
-            scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
-            name = self.value.scheme.name + scheme.activations_name + self.value.layout_name
-            yield piece.path, f"{name}{list(piece.matrix.shape)}"
+            kind = str(self.value.dtype)
+            if isinstance(self.value, QuantizedArray):
+                assert plan is not None
+                scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+                kind = f"{self.value.scheme.name}{scheme.activations_name}{self.value.layout_name}"
+            yield piece.path, f"{kind}{list(piece.matrix.shape)}"
+
+
+def describe(value: jax.Array | QuantizedArray) -> Any:
+    """The value with shapes and dtypes in place of its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), value)
 
 
 def read_matrix(
@@ -130,18 +146,17 @@ def read_matrix(
 
 def fill(
     module: ModuleOp, plan: Plan | None, source: WeightSource, rounding: Rounding = plain_rounding
-) -> list[Weight]:
-    """A value for each parameter argument of @main, in order.
+) -> Iterator[Weight]:
+    """A value for each parameter argument of @main, in order, each made when it is asked for.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
     """
     main = main_function(module)
     attributes = signature.argument_attributes(main)
     floats = _LastRead(source)
-    weights: list[Weight] = []
     for arg, path in signature.parameter_paths(main):
         if not isinstance(arg.type, llm.QuantizedTensorType):
-            weights.append(Weight(path=path, value=source.read(path)))
+            yield _float_weight(path, attributes[arg.index], source, floats)
             continue
         assert plan is not None
         pieces: list[Piece] = []
@@ -152,8 +167,20 @@ def fill(
             scheme = plan.schemes[part].fitted(matrix.shape, name=part)
             values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
         value = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
-        weights.append(Weight(path=path, value=value, pieces=tuple(pieces)))
-    return weights
+        yield Weight(path=path, value=value, pieces=tuple(pieces))
+
+
+def _float_weight(path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead") -> Weight:
+    """A parameter as it is, or the matrix that an argument has of one or of several."""
+    if ROWS not in attributes and PARTS not in attributes:
+        return Weight(path=path, value=source.read(path))
+    pieces: list[Piece] = []
+    values = []
+    for part, matrix in stored_matrices(attributes):
+        start = pieces[-1].stop if pieces else 0
+        pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
+        values.append(matrix.read(floats.read(part)))
+    return Weight(path=path, value=jnp.asarray(np.concatenate(values)), pieces=tuple(pieces))
 
 
 class _LastRead:
@@ -219,31 +246,39 @@ def dense(
     Traceable: inside jit it is XLA that decides how many of them are in memory at once.
     """
     found: dict[str, jax.Array] = dict(others)
-    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray]]] = {}
+    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray | jax.Array]]] = {}
     for weight, value in zip(weights, values, strict=True):
         if not weight.pieces:
             found[weight.path] = value
         for piece in weight.pieces:
             quantized.setdefault(piece.path, []).append((piece.matrix, piece.of(value)))
     return [
-        _assembled(parameter, quantized[parameter.path]) if parameter.path in quantized else found[parameter.path]
+        found[parameter.path] if parameter.path in found else _assembled(parameter, quantized[parameter.path])
         for parameter in parameters
     ]
 
 
-def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray]]) -> jax.Array:
+def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]]) -> jax.Array:
     """A parameter put together from the matrices that lie in it; zeros where there is none."""
     pairs = sorted(parts, key=lambda pair: pair[0].offset)
     size = prod(parameter.shape)
-    if all(matrix.span is not None for matrix, _ in pairs):
+    spans = [matrix.span for matrix, _ in pairs]
+    ends = [0, *(begin + length for begin, length in filter(None, spans))]
+    if None not in spans and all(span[0] >= end for span, end in zip(filter(None, spans), ends, strict=False)):
         return jnp.concatenate(list(_runs(pairs, size, parameter.dtype))).reshape(parameter.shape)
     whole = jnp.zeros(size, parameter.dtype)
     for matrix, value in pairs:
-        whole = whole.at[matrix.places()].set(value.dequantize(parameter.dtype))
+        whole = whole.at[matrix.places()].set(_floats(value, parameter.dtype))
     return whole.reshape(parameter.shape)
 
 
-def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype: Any) -> Iterator[jax.Array]:
+def _floats(value: QuantizedArray | jax.Array, dtype: Any) -> jax.Array:
+    return value.dequantize(dtype) if isinstance(value, QuantizedArray) else value.astype(dtype)
+
+
+def _runs(
+    pairs: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]], size: int, dtype: Any
+) -> Iterator[jax.Array]:
     """The parameter's memory, run by run."""
     at = 0
     for matrix, value in pairs:
@@ -251,7 +286,7 @@ def _runs(pairs: Sequence[tuple[StoredMatrix, QuantizedArray]], size: int, dtype
         begin, length = matrix.span
         if begin > at:
             yield jnp.zeros(begin - at, dtype)
-        yield matrix.in_memory_order(value.dequantize(dtype))
+        yield matrix.in_memory_order(_floats(value, dtype))
         at = begin + length
     if at < size:
         yield jnp.zeros(size - at, dtype)
@@ -263,6 +298,7 @@ __all__ = [
     "Weight",
     "WeightSource",
     "dense",
+    "describe",
     "fill",
     "read_matrix",
     "unread",

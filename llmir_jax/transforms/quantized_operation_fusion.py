@@ -49,7 +49,7 @@ def _num_rows(op: llm.QuantizedMatmulOp) -> int:
     return shape_of(op.output)[-1]
 
 
-def _parts(entry: dict[str, Attribute]) -> list[Attribute]:
+def argument_parts(entry: dict[str, Attribute]) -> list[Attribute]:
     """What an argument is made of."""
     found = entry.get(PARTS)
     if isinstance(found, ArrayAttr):
@@ -71,7 +71,7 @@ def _merged_argument(main: FuncOp, ops: list[llm.QuantizedMatmulOp]) -> BlockArg
     for weight in weights:
         assert isinstance(weight, BlockArgument)
         entry = attributes[weight.index]
-        parts += _parts(entry)
+        parts += argument_parts(entry)
         path = entry[signature.PATH]
         assert isinstance(path, StringAttr)
         paths.append(path.data)
@@ -149,4 +149,4 @@ class QuantizedOperationFusionPass(ModulePass):
         merge_matmuls(op)
 
 
-__all__ = ["QuantizedOperationFusionPass", "merge_matmuls"]
+__all__ = ["QuantizedOperationFusionPass", "argument_parts", "merge_matmuls"]

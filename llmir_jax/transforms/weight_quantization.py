@@ -151,6 +151,8 @@ def _linear(op: llm.LinearOp, value: SSAValue, parameter: BlockArgument) -> Weig
 
 
 def _matmul(builder: OpBuilder, x: SSAValue, weight: SSAValue, result_type: Attribute) -> SSAValue:
+    if isinstance(weight.type, TensorType):  # floats, for ``matrix-weights``
+        return builder.insert(llm.LinearOp(x, weight, result_type=result_type, transpose_w=True)).results[0]
     return builder.insert(llm.QuantizedMatmulOp(x, weight, result_type=result_type, transpose_w=True)).results[0]
 
 
@@ -221,7 +223,12 @@ def _gather(op: stablehlo.GatherOp, value: SSAValue, parameter: BlockArgument, t
             source = source.owner.operands[0]
         ids = builder.reshape(source, ids_shape)
         rows_type = tensor([*ids_shape, matrix.shape[1]], result.get_element_type())
-        rows = builder.insert(llm.QuantizedGatherOp(weight, ids, result_type=rows_type)).results[0]
+        if isinstance(weight.type, TensorType):  # floats, for ``matrix-weights``
+            rows = builder.reshape(
+                builder.take(weight, builder.reshape(ids, (prod(ids_shape),)), 0), rows_type.get_shape()
+            )
+        else:
+            rows = builder.insert(llm.QuantizedGatherOp(weight, ids, result_type=rows_type)).results[0]
         shaped = builder.reshape(rows, [*ids_shape, *whole])
         ids_first = iter(range(len(ids_shape)))
         offsets = iter(range(len(ids_shape), len(ids_shape) + len(whole)))
@@ -242,16 +249,20 @@ def _use(op: Operation, value: SSAValue, parameter: BlockArgument, tokens: SSAVa
     return f"it is read by {op_name(op)}"
 
 
+def find_uses(parameter: BlockArgument, tokens: SSAValue | None) -> list[WeightUse | str]:
+    """How each operation that reads a parameter reads it as a matrix, or why it does not."""
+    return [_use(op, value, parameter, tokens) for op, value in _readers(parameter)]
+
+
 def _uses(parameter: BlockArgument, tokens: SSAValue | None) -> list[WeightUse] | str:
     """All uses of a parameter, which can be quantized together, or why it cannot be."""
     if precision(parameter.type) is None:
         return "no floats"
-    readers = _readers(parameter)
+    readers = find_uses(parameter, tokens)
     if not readers:
         return "the step does not read it"
     uses: list[WeightUse] = []
-    for op, value in readers:
-        found = _use(op, value, parameter, tokens)
+    for found in readers:
         if isinstance(found, str):
             return found
         uses.append(found)

@@ -1,0 +1,536 @@
+"""Attention of a ragged batch to pages in place, with an online softmax (Milakov & Gimelshein, arXiv:1805.02867).
+
+The work is cut into *segments*, one for each token, KV head and group of up to M of its query heads, and a segment into
+blocks of keys. All blocks of all segments, side by side, are shared out evenly: thread id of n takes blocks
+[W · id / n, W · (id + 1) / n), however many tokens and however long a context. A segment that lies within one thread's
+share is finished by it; of one that is cut, each thread leaves the largest score, the sum of weights and the weighted
+values in scratch, and the thread that comes last joins them. So there is no barrier inside.
+
+Keys of a block are read once for all M heads: products of vectors of 16 lanes, added up by a tree of shuffles so that
+the scores of a block are one vector a head.
+"""
+
+from dataclasses import dataclass
+
+from xdsl.dialects.builtin import TensorType
+from xdsl.ir import Attribute, SSAValue
+
+from llmir_jax.dense import element_dtype
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import shape_of
+from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
+from llmir_jax.targets.cpu import elementary
+from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
+from llmir_jax.targets.cpu.host import Host
+from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
+from llmir_jax.targets.cpu.kernel import Kernel
+from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
+from llmir_jax.targets.cpu.matmul import half_to_float
+
+MAX_HEADS = 4
+"""M: query heads whose sums stay in registers beside each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Sizes of an attention, and its scratch."""
+
+    num_rows: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    num_threads: int
+
+    @staticmethod
+    def of(op: llm.AttendPagesOp, num_threads: int) -> "AttentionShape":
+        """Of an op."""
+        num_rows, num_heads, head_dim = shape_of(op.q)
+        pages, values = (_page_shape(pages.type) for pages in (op.k_pages, op.v_pages))
+        return AttentionShape(
+            num_rows=num_rows,
+            num_heads=num_heads,
+            num_kv_heads=pages[2],
+            head_dim=head_dim,
+            value_dim=values[3],
+            num_threads=num_threads,
+        )
+
+    @property
+    def heads(self) -> int:
+        """M, query heads of a segment."""
+        shared = self.num_heads // self.num_kv_heads
+        return max(m for m in range(1, MAX_HEADS + 1) if shared % m == 0)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of a token."""
+        return self.num_heads // self.heads
+
+    @property
+    def partial_floats(self) -> int:
+        """float32 numbers that a thread leaves of a segment it has a part of: largest, sum, values for each head."""
+        return self.heads * (2 + self.value_dim)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Two partial segments for each thread."""
+        return 2 * self.num_threads * self.partial_floats * 4
+
+    @property
+    def counter_bytes(self) -> int:
+        """One i32 for each segment; zero before and after."""
+        return 4 * self.num_rows * self.num_segments
+
+
+def _page_shape(kind: Attribute) -> tuple[int, ...]:
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+    return tuple(kind.get_shape())
+
+
+def width_for(size: int, lanes: int) -> int:
+    """The widest vector that divides a size."""
+    while size % lanes:
+        lanes //= 2
+    return lanes
+
+
+class _Attention:
+    """Emits the kernel of one op."""
+
+    def __init__(
+        self,
+        module: Module,
+        stored: Stored,
+        op: llm.AttendPagesOp,
+        q: Buffer,
+        k_pages: Buffer,
+        v_pages: Buffer,
+        output: Buffer,
+        scratch: Buffer,
+        counters: Buffer,
+        num_threads: int,
+    ):
+        self.op, self.stored = op, stored
+        self.shape = AttentionShape.of(op, num_threads)
+        self.kernel = Kernel(module, ("id", "n"))
+        self.f = self.kernel.f
+        self.id, self.n = (self.kernel.number(name) for name in ("id", "n"))
+        self.q, self.output = self.kernel.pointer(q), self.kernel.pointer(output)
+        self.keys, self.values = self.kernel.pointer(k_pages), self.kernel.pointer(v_pages)
+        self.k_scales, self.v_scales = (
+            None if pages.scales is None else self.kernel.pointer(pages.scales) for pages in (k_pages, v_pages)
+        )
+        self.k_bytes, self.v_bytes = k_pages.width, v_pages.width
+        self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
+        self.page_size = k_pages.shape[1]
+        self.lanes = module.host.lanes
+        self.block = self.lanes  # keys of a block: their scores are one vector
+        self.k_width = width_for(self.shape.head_dim, self.lanes)
+        self.v_width = width_for(self.shape.value_dim, self.lanes)
+        self.window = optional_int_of(op.window)
+        self.causal = bool_of(op.causal)
+
+    def scalar(self, value: SSAValue, indices: list[Index], variables: dict[Var, Number]) -> Value:
+        """An int32 input as i64."""
+        none = Var("lane", 1)
+        evaluator = Evaluator(self.f, self.stored, self.kernel.pointer, {**variables, none: 0}, none, 1)
+        return self.f.cast("sext", evaluator.at(value, indices), "i64")
+
+    def span(self, row: Number) -> tuple[Number, Number, Value, Value]:
+        """(first block, blocks, first key, end) of the keys that a token sees, and … its position by `position`."""
+        f, op = self.f, self.op
+        var = Var("row", self.shape.num_rows)
+        variables: dict[Var, Number] = {var: row}
+        sequence = self.scalar(op.seq_ids, [variable(var)], variables)
+        position = self.scalar(op.positions, [variable(var)], variables)
+        seqs = shape_of(op.seq_lens)[0]
+
+        length = self.scalar(op.seq_lens, [dynamic(sequence, seqs)], variables)
+        end = f.minimum(f.add(position, 1), length) if self.causal else length
+        start: Number = 0
+        if self.window is not None:
+            start = f.minimum(f.maximum(f.sub(f.add(position, 1), self.window), 0), end)
+        first = f.div(start, self.block)
+        last = f.div(f.add(end, self.block - 1), self.block)
+        blocks = f.sub(last, first)
+        self.position, self.sequence = position, sequence
+        return first, blocks, f.value(start), f.value(end)
+
+    def emit(self) -> tuple[str, list[Buffer]]:
+        """The function of (id, n), and its buffers."""
+        f, shape = self.f, self.shape
+        count = f.minimum(self.scalar(self.op.num_tokens, [], {}), shape.num_rows)
+
+        def add(row: Value, carried: list[Value]) -> list[Value]:
+            blocks = f.mul(self.span(row)[1], shape.num_segments)
+            return [f.value(f.add(carried[0], blocks))]
+
+        (total,) = f.loop(0, count, 1, add, [f.value(0)])
+        lo = f.div(f.mul(total, self.id), self.n)
+        hi = f.div(f.mul(total, f.add(self.id, 1)), self.n)
+
+        def token(row: Value, carried: list[Value]) -> list[Value]:
+            before = carried[0]
+            first, blocks, start, end = self.span(row)
+            after = f.value(f.add(before, f.mul(blocks, shape.num_segments)))
+            touched = f.binary("and", f.compare("slt", before, hi), f.compare("sgt", after, lo))
+            position, sequence = self.position, self.sequence
+
+            def segments() -> None:
+                def segment(number: Value, carried: list[Value]) -> list[Value]:
+                    begin = f.add(before, f.mul(number, blocks))
+                    stop = f.add(begin, blocks)
+                    inside = f.binary("and", f.compare("slt", begin, hi), f.compare("sgt", stop, lo))
+                    f.when(
+                        inside,
+                        lambda: self._segment(
+                            row, number, begin, stop, lo, hi, total, first, start, end, position, sequence
+                        ),
+                    )
+                    return []
+
+                f.loop(0, shape.num_segments, 1, segment)
+
+            f.when(touched, segments)
+            self._zero_if_blind(row, blocks)
+            return [after]
+
+        f.loop(0, count, 1, token, [f.value(0)])
+        self._zero_padding(count)
+        return f.finish("attend"), self.kernel.buffers
+
+    def _zero_row(self, row: Number) -> None:
+        f = self.f
+        size = self.shape.num_heads * self.shape.value_dim
+        base = f.at(self.output, f.mul(row, 4 * size))
+
+        def zero(i: Value, carried: list[Value]) -> list[Value]:
+            f.store(constant("float", 0.0), base, f.mul(i, 4), align=4)
+            return []
+
+        f.loop(0, size, 1, zero)
+
+    def _zero_if_blind(self, row: Value, blocks: Number) -> None:
+        """A token that sees nothing has zeros."""
+        f = self.f
+        blind = f.binary("and", f.compare("eq", blocks, 0), f.compare("eq", self.id, 0))
+        f.when(blind, lambda: self._zero_row(row))
+
+    def _zero_padding(self, count: Number) -> None:
+        """Padding rows are finite."""
+        f = self.f
+        if self.shape.num_rows == 1:
+            f.when(f.binary("and", f.compare("eq", count, 0), f.compare("eq", self.id, 0)), lambda: self._zero_row(0))
+            return
+
+        def body(row: Value, carried: list[Value]) -> list[Value]:
+            f.when(f.compare("eq", f.rem(row, self.n), self.id), lambda: self._zero_row(row))
+            return []
+
+        f.loop(count, self.shape.num_rows, 1, body)
+
+    def _segment(
+        self,
+        row: Value,
+        number: Value,
+        begin: Number,
+        stop: Number,
+        lo: Number,
+        hi: Number,
+        total: Value,
+        first: Number,
+        start: Value,
+        end: Value,
+        position: Value,
+        sequence: Value,
+    ) -> None:
+        f, shape = self.f, self.shape
+        heads = shape.heads
+        from_ = f.maximum(begin, lo)
+        to = f.minimum(stop, hi)
+        head0 = f.mul(number, heads)
+        kv_head = f.div(head0, shape.num_heads // shape.num_kv_heads)
+        q = f.at(self.q, f.mul(f.add(f.mul(row, shape.num_heads), head0), 4 * shape.head_dim))
+        vectors = shape.value_dim // self.v_width
+        zero = constant("float", 0.0, self.v_width)
+        state = [constant("float", -3.4e38)] * heads + [constant("float", 0.0)] * heads + [zero] * (heads * vectors)
+
+        def block(i: Value, carried: list[Value]) -> list[Value]:
+            key = f.mul(f.add(first, f.sub(i, begin)), self.block)
+            return self._block(q, kv_head, key, head0, start, end, position, sequence, carried)
+
+        done = f.loop(from_, to, 1, block, state)
+        out = f.at(self.output, f.mul(f.add(f.mul(row, shape.num_heads), head0), 4 * shape.value_dim))
+        is_whole = f.binary("and", f.compare("sge", begin, lo), f.compare("sle", stop, hi))
+        f.when(is_whole, lambda: self._finish(done, out))
+        is_part = f.binary("xor", is_whole, constant("i1", 1))
+
+        def leave() -> None:
+            # the first part of a thread's share continues a segment of the thread before it
+            slot = f.select(f.compare("slt", begin, lo), f.value(0), f.value(1))
+            self._store_partial(done, f.add(f.mul(self.id, 2), slot))
+            counter = f.at(self.counters, f.mul(f.add(f.mul(row, shape.num_segments), number), 4))
+            one, last = self._owner(begin, total), self._owner(f.sub(stop, 1), total)
+            old = f.emit("i32", f"atomicrmw add ptr {counter.ref}, i32 1 acq_rel")
+            expected = f.cast("trunc", f.value(f.sub(last, one)), "i32")
+            is_last = f.compare("eq", old, expected)
+
+            def join() -> None:
+                f.do(f"store atomic i32 0, ptr {counter.ref} monotonic, align 4")
+
+                def part(thread: Value, carried: list[Value]) -> list[Value]:
+                    which = f.select(f.compare("eq", thread, one), f.value(1), f.value(0))
+                    other = self._load_partial(f.add(f.mul(thread, 2), which))
+                    return self._merge(carried, other)
+
+                self._finish(f.loop(one, f.add(last, 1), 1, part, state), out)
+
+            f.when(is_last, join)
+
+        f.when(is_part, leave)
+
+    def _owner(self, work: Number, total: Value) -> Number:
+        """The thread whose share has a block: the largest id with total · id / n ≤ work."""
+        f = self.f
+        scaled = f.sub(f.mul(f.add(work, 1), self.n), 1)
+        return f.div(scaled, total)
+
+    def _store_partial(self, state: list[Value], slot: Number) -> None:
+        f, heads = self.f, self.shape.heads
+        base = f.at(self.scratch, f.mul(slot, 4 * self.shape.partial_floats))
+        offset = 0
+        for value in state:
+            f.store(value, base, offset, align=4)
+            offset += 4 * (self.v_width if value.type.startswith("<") else 1)
+        assert offset == 4 * (2 * heads + heads * self.shape.value_dim)
+
+    def _load_partial(self, slot: Number) -> list[Value]:
+        f, shape = self.f, self.shape
+        base = f.at(self.scratch, f.mul(slot, 4 * shape.partial_floats))
+        scalars = [f.load("float", base, 4 * i, align=4) for i in range(2 * shape.heads)]
+        count = shape.heads * shape.value_dim // self.v_width
+        start = 8 * shape.heads
+        kind = vector("float", self.v_width)
+        return scalars + [f.load(kind, base, start + 4 * self.v_width * i, align=4) for i in range(count)]
+
+    def _merge(self, a: list[Value], b: list[Value]) -> list[Value]:
+        f, heads = self.f, self.shape.heads
+        vectors = (len(a) - 2 * heads) // heads
+        largest, sums, values = [], [], []
+        for h in range(heads):
+            top = f.overloaded("llvm.maxnum", [a[h], b[h]])
+            scales = [elementary.fast_exp(f, f.binary("fsub", x[h], top)) for x in (a, b)]
+            largest.append(top)
+            parts = [f.binary("fmul", x[heads + h], s) for x, s in zip((a, b), scales, strict=True)]
+            sums.append(f.binary("fadd", *parts))
+            for v in range(vectors):
+                place = 2 * heads + h * vectors + v
+                scaled = [
+                    f.binary("fmul", x[place], f.splat(s, self.v_width)) for x, s in zip((a, b), scales, strict=True)
+                ]
+                values.append(f.binary("fadd", *scaled))
+        return largest + sums + values
+
+    def _finish(self, state: list[Value], out: Value) -> None:
+        """Weighted means of the values."""
+        f, heads = self.f, self.shape.heads
+        vectors = (len(state) - 2 * heads) // heads
+        for h in range(heads):
+            total = f.overloaded("llvm.maxnum", [state[heads + h], constant("float", 1e-37)])
+            inverse = f.splat(f.binary("fdiv", constant("float", 1.0), total), self.v_width)
+            for v in range(vectors):
+                value = f.binary("fmul", state[2 * heads + h * vectors + v], inverse)
+                f.store(value, out, 4 * (h * self.shape.value_dim + v * self.v_width), align=4)
+
+    def _row_of_key(self, key: Number, sequence: Value) -> Number:
+        """The number of a key's row in the page arrays."""
+        f = self.f
+        _, entries = shape_of(self.op.block_tables)
+
+        seqs = shape_of(self.op.seq_lens)[0]
+        entry = dynamic(f.value(f.div(key, self.page_size)), entries)
+        page = self.scalar(self.op.block_tables, [dynamic(sequence, seqs), entry], {})
+        return f.add(f.mul(page, self.page_size), f.rem(key, self.page_size))
+
+    def _block(
+        self,
+        q: Value,
+        kv_head: Number,
+        key: Number,
+        head0: Number,
+        start: Value,
+        end: Value,
+        position: Value,
+        sequence: Value,
+        state: list[Value],
+    ) -> list[Value]:
+        f, shape, heads = self.f, self.shape, self.shape.heads
+        vectors = shape.value_dim // self.v_width
+        # rows of the block's keys; past the end, the last one again
+        contiguous = self.page_size % self.block == 0
+        last = f.sub(end, 1)
+        rows: list[Number] = []
+        if contiguous:
+            first_row = self._row_of_key(key, sequence)
+            rows = [f.add(first_row, i) for i in range(self.block)]
+        else:
+            rows = [self._row_of_key(f.minimum(f.add(key, i), last), sequence) for i in range(self.block)]
+        scores = self._scores(q, kv_head, rows)
+        k_scales, v_scales = (self._scales(scales, kv_head, rows) for scales in (self.k_scales, self.v_scales))
+        numbers = f.binary("add", f.splat(f.value(key), self.block), constants("i64", range(self.block)))
+        seen = f.compare("slt", numbers, f.splat(end, self.block))
+        if self.window is not None:
+            seen = f.binary("and", seen, f.compare("sge", numbers, f.splat(start, self.block)))
+        softcap = optional_float_of(self.op.softcap)
+        scale = shape.head_dim**-0.5 if self.op.scale is None else float_of(self.op.scale)
+        weights_at = f.alloca(4 * self.block * heads)
+        largest, sums, kept = [], [], []
+        for h, score in enumerate(scores):
+            if k_scales is not None:
+                score = f.binary("fmul", score, k_scales)
+            score = f.binary("fmul", score, constant("float", scale, self.block))
+            if softcap is not None:
+                capped = elementary.tanh(f, f.binary("fmul", score, constant("float", 1 / softcap, self.block)))
+                score = f.binary("fmul", capped, constant("float", softcap, self.block))
+            if self.op.slopes is not None:
+                score = f.binary("fadd", score, self._bias(h, head0, numbers, position))
+            score = f.select(seen, score, constant("float", -3.4e38, self.block))
+            top = f.overloaded("llvm.maxnum", [state[h], f.reduce("fmax", score)])
+            weight = elementary.fast_exp(f, f.binary("fsub", score, f.splat(top, self.block)))
+            weight = f.select(seen, weight, constant("float", 0.0, self.block))
+            scaled = weight if v_scales is None else f.binary("fmul", weight, v_scales)
+            f.store(scaled, weights_at, 4 * self.block * h, align=4 * self.block)
+            scale_old = elementary.fast_exp(f, f.binary("fsub", state[h], top))
+            largest.append(top)
+            kept.append(scale_old)
+            sums.append(f.fma(state[heads + h], scale_old, f.reduce("fadd", weight)))
+        values = [
+            f.binary("fmul", state[2 * heads + h * vectors + v], f.splat(kept[h], self.v_width))
+            for h in range(heads)
+            for v in range(vectors)
+        ]
+        values = self._weigh(weights_at, kv_head, key, start, end, sequence, rows, values)
+        return largest + sums + values
+
+    def _scales(self, scales: Value | None, kv_head: Number, rows: list[Number]) -> Value | None:
+        """Scales of the block's keys, of pages in 8 bits; those of keys that do not exist may be anything."""
+        if scales is None:
+            return None
+        f = self.f
+        found = []
+        for row in rows:
+            place = f.mul(f.add(f.mul(row, self.shape.num_kv_heads), kv_head), 2)
+            found.append(f.load("half", scales, place, align=2))
+        return half_to_float(f, f.join(found))
+
+    def _load(self, width: int, base: Value, offset: int, size: int) -> Value:
+        """Keys or values as floats: `offset` elements of `size` bytes after `base`."""
+        if size == 4:
+            return self.f.load(vector("float", width), base, 4 * offset, align=4)
+        integers = self.f.load(vector("i8", width), base, offset, align=1)
+        return self.f.cast("sitofp", self.f.cast("sext", integers, "i32"), "float")
+
+    def _bias(self, h: int, head0: Number, numbers: Value, position: Value) -> Value:
+        f = self.f
+
+        none = Var("lane", 1)
+        evaluator = Evaluator(f, self.stored, self.kernel.pointer, {none: 0}, none, 1)
+        head = dynamic(f.value(f.add(head0, h)), self.shape.num_heads)
+        assert self.op.slopes is not None
+        slope = evaluator.at(self.op.slopes, [head])
+        distance = f.cast("sitofp", f.binary("sub", numbers, f.splat(position, self.block)), "float")
+        return f.binary("fmul", f.splat(slope, self.block), distance)
+
+    def _scores(self, q: Value, kv_head: Number, rows: list[Number]) -> list[Value]:
+        """q · k for each head: a vector of the block's keys."""
+        f, shape, width = self.f, self.shape, self.k_width
+        kind = vector("float", width)
+        count = shape.head_dim // width
+        partial: list[list[Value]] = [[] for _ in range(shape.heads)]
+        for row in rows:
+            place = f.add(f.mul(row, shape.num_kv_heads), kv_head)
+            base = f.at(self.keys, f.mul(place, self.k_bytes * shape.head_dim))
+            totals: list[Value | None] = [None] * shape.heads
+            for i in range(count):
+                key = self._load(width, base, width * i, self.k_bytes)
+                for h in range(shape.heads):
+                    query = f.load(kind, q, 4 * (h * shape.head_dim + width * i), align=4)
+                    total = totals[h]
+                    totals[h] = f.binary("fmul", key, query) if total is None else f.fma(key, query, total)
+            for h, total in enumerate(totals):
+                assert total is not None
+                partial[h].append(total)
+        return [f.join_lanes(vectors, "fadd") for vectors in partial]
+
+    def _weigh(
+        self,
+        weights_at: Value,
+        kv_head: Number,
+        key: Number,
+        start: Value,
+        end: Value,
+        sequence: Value,
+        rows: list[Number],
+        values: list[Value],
+    ) -> list[Value]:
+        """Values of the block's keys added, each times its weight; of keys that exist only."""
+        f, shape, width = self.f, self.shape, self.v_width
+        vectors = shape.value_dim // width
+        skip = f.maximum(f.sub(start, key), 0) if self.window is not None else 0
+        stop = f.minimum(f.sub(end, key), self.block)
+        contiguous = self.page_size % self.block == 0
+        table: Value | None = None
+        if not contiguous:
+            table = f.alloca(8 * self.block)
+            for i, row in enumerate(rows):
+                f.store(f.value(row), table, 8 * i, align=8)
+
+        def one(i: Value, carried: list[Value]) -> list[Value]:
+            row = f.add(rows[0], i) if table is None else f.load("i64", table, f.mul(i, 8), align=8)
+            place = f.add(f.mul(row, shape.num_kv_heads), kv_head)
+            base = f.at(self.values, f.mul(place, self.v_bytes * shape.value_dim))
+            loaded = [self._load(width, base, width * v, self.v_bytes) for v in range(vectors)]
+            result = []
+            for h in range(shape.heads):
+                weight = f.load("float", weights_at, f.add(f.mul(i, 4), 4 * self.block * h), align=4)
+                wide = f.splat(weight, width)
+                result += [f.fma(x, wide, carried[h * vectors + v]) for v, x in enumerate(loaded)]
+            return result
+
+        return f.loop(skip, stop, 1, one, values)
+
+
+def attention_kernel(
+    module: Module,
+    stored: Stored,
+    op: llm.AttendPagesOp,
+    *,
+    q: Buffer,
+    k_pages: Buffer,
+    v_pages: Buffer,
+    output: Buffer,
+    scratch: Buffer,
+    counters: Buffer,
+    num_threads: int,
+) -> tuple[str, list[Buffer]]:
+    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers."""
+    return _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads).emit()
+
+
+def pages_reason(kind: Attribute, host: Host) -> str | None:
+    """Why pages of a type are not read and written natively."""
+    if not isinstance(kind, llm.QuantizedTensorType):
+        return None if dtype_name(kind) == "float32" else f"of a cache of {dtype_name(kind)}"
+    if not kind.is_symmetric or kind.integer_type.width.data != 8 or str(kind.scale_type) != "f16":
+        return f"of a cache of {kind.integer_type.width.data} bits"
+    return None if host.has_half else "of a quantized cache on a machine without float16 instructions"
+
+
+def dtype_name(kind: Attribute) -> str:
+    """Of a tensor type's elements."""
+    assert isinstance(kind, TensorType)
+    return str(element_dtype(kind.element_type))
+
+
+__all__ = ["AttentionShape", "attention_kernel", "pages_reason"]

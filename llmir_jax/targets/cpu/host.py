@@ -1,0 +1,118 @@
+"""What native code is made for: the machine's instructions and its number of threads."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import llvmlite.binding as binding
+
+from llmir_jax.errors import LlmirError
+
+Dot = Literal["avx512-vnni", "avx2", "neon-dotprod", "generic"]
+"""How four products of 8-bit integers are added up: the instruction, or plain arithmetic."""
+
+THREADS = "LLMIR_NUM_THREADS"
+MAX_THREADS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine as LLVM knows it, and what its kernels use of it."""
+
+    triple: str
+    cpu: str
+    features: str  # "+avx2,-sse4a…"
+    lanes: int  # of 32 bits in a vector
+    dot: Dot
+    has_fma: bool
+    has_half: bool  # conversion between float16 and float32 in one instruction
+
+    @property
+    def num_registers(self) -> int:
+        """Vector registers."""
+        return 32 if self.dot in ("avx512-vnni", "neon-dotprod") else 16
+
+    @property
+    def is_linux(self) -> bool:
+        """Whether threads wait on futexes."""
+        return "linux" in self.triple
+
+    def __str__(self) -> str:
+        return f"{self.cpu} ({self.dot}, vectors of {32 * self.lanes} bits)"
+
+
+def make_host(triple: str, cpu: str, features: str) -> Host:
+    """The host of an LLVM triple, CPU name and feature string."""
+    on = {name[1:] for name in features.split(",") if name.startswith("+")}
+    if triple.startswith("x86_64"):
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"} <= on:
+            dot: Dot = "avx512-vnni"
+            lanes = 16
+        elif {"avx2", "fma", "f16c"} <= on:
+            dot, lanes = "avx2", 8
+        else:
+            dot, lanes = "generic", 4
+        return Host(
+            triple=triple,
+            cpu=cpu,
+            features=features,
+            lanes=lanes,
+            dot=dot,
+            has_fma="fma" in on,
+            has_half="f16c" in on,
+        )
+    is_arm = triple.startswith(("aarch64", "arm64"))
+    return Host(
+        triple=triple,
+        cpu=cpu,
+        features=features,
+        lanes=4,
+        dot="neon-dotprod" if is_arm and "dotprod" in on else "generic",
+        has_fma=is_arm,
+        has_half=is_arm,
+    )
+
+
+@cache
+def this_host() -> Host:
+    """The machine that this process runs on."""
+    return make_host(
+        binding.get_process_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    )
+
+
+KNOWN_HOSTS = {
+    "avx512": make_host(
+        "x86_64-unknown-linux-gnu",
+        "skylake-avx512",
+        "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
+    ),
+    "avx2": make_host("x86_64-unknown-linux-gnu", "haswell", "+avx2,+fma,+f16c"),
+    "x86": make_host("x86_64-unknown-linux-gnu", "x86-64", "+sse2"),
+    "neon": make_host("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+dotprod,+fullfp16"),
+    "arm": make_host("aarch64-unknown-linux-gnu", "generic", "+neon"),
+    "riscv": make_host("riscv64-unknown-linux-gnu", "generic-rv64", "+m,+a,+f,+d"),
+}
+"""Machines that code is made for in tests, by the instructions that it then uses."""
+
+
+def num_threads() -> int:
+    """Threads of the team: `LLMIR_NUM_THREADS`, or all cores that this process may use.
+
+    Raises LlmirError for a setting that is no whole number from 1 to 512.
+    """
+    given = os.environ.get(THREADS)
+    if given is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, MAX_THREADS)
+    try:
+        count = int(given)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= MAX_THREADS:
+        raise LlmirError(f"{THREADS} must be a whole number from 1 to {MAX_THREADS}, got {given!r}")
+    return count
+
+
+__all__ = ["KNOWN_HOSTS", "MAX_THREADS", "THREADS", "Dot", "Host", "make_host", "num_threads", "this_host"]

@@ -1,0 +1,158 @@
+"""Where the parameters of a step lie: one array of bytes, in which each has its place and its layout.
+
+Quantized matrices and the weights of float matmuls are packed for the kernels (see `layout`); others are float32 or
+int32, row-major. One array, since every argument of a compiled step costs time at each call.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from xdsl.dialects.builtin import TensorType
+from xdsl.dialects.func import FuncOp
+from xdsl.ir import BlockArgument
+
+from llmir_jax.dense import element_dtype
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import dtype_of
+from llmir_jax.dialects.llm.common import bool_of
+from llmir_jax.quantization import QuantizedArray
+from llmir_jax.targets.cpu.layout import (
+    PackedFormat,
+    float_format,
+    pack_floats,
+    pack_weight,
+    packed_format,
+    round_up,
+    unpack_floats,
+    unpack_weight,
+)
+from llmir_jax.transforms import signature
+
+ALIGNMENT = 64
+"""Bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A parameter's bytes in the array, from `offset` on."""
+
+    argument: int  # of @main
+    path: str
+    offset: int
+    nbytes: int
+    layout: PackedFormat | None  # None: row-major, as it is
+    shape: tuple[int, ...]
+    dtype: Any  # numpy dtype of the elements, where it has no layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """The places of all parameters, in the order of the arguments."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        last = self.places[-1] if self.places else None
+        return ALIGNMENT if last is None else round_up(last.offset + last.nbytes, ALIGNMENT)
+
+    def of(self, argument: int) -> Place:
+        """The place of an argument of @main."""
+        return next(place for place in self.places if place.argument == argument)
+
+    def fill(self, values: Iterator[Any]) -> jax.Array:
+        """The array uint8[nbytes] of these values.
+
+        The values are taken one at a time, so that no more than one is there beside the array.
+        """
+        content = aligned_bytes(self.nbytes)
+        for place, value in zip(self.places, values, strict=True):
+            target = content[place.offset : place.offset + place.nbytes]
+            if place.layout is None:
+                target[:] = np.ascontiguousarray(np.asarray(value)).view(np.uint8).reshape(-1)
+            elif place.layout.bits == 32:
+                target[:] = pack_floats(np.asarray(value), place.layout)
+            else:
+                target[:] = pack_weight(value, place.layout)
+        array: jax.Array = jax.dlpack.from_dlpack(content)
+        return array
+
+    def values(self, content: jax.Array, described: Sequence[Any]) -> list[Any]:
+        """The inverse of `fill`. Traceable."""
+        found: list[Any] = []
+        for place, value in zip(self.places, described, strict=True):
+            part = jax.lax.slice(content, (place.offset,), (place.offset + place.nbytes,))
+            if isinstance(value, QuantizedArray):
+                assert place.layout is not None
+                found.append(unpack_weight(part, place.layout, value))
+                continue
+            if place.layout is not None:
+                found.append(unpack_floats(part, place.layout))
+                continue
+            width = np.dtype(place.dtype).itemsize
+            parts = part.reshape(-1, width) if width > 1 else part
+            found.append(jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape))
+        return found
+
+
+def aligned_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Bytes at an address that JAX takes as it is, without a copy."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def activation_group(weight: BlockArgument) -> int | None:
+    """The group size of the 8-bit activations that a weight is multiplied with, None for floats."""
+    for use in weight.uses:
+        op = use.operation
+        if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
+            size = op.activation_group_size
+            assert isinstance(weight.type, llm.QuantizedTensorType)
+            return weight.type.get_shape()[1] if size is None else int(size.value.data)
+    return None
+
+
+def _is_linear_weight(arg: BlockArgument) -> bool:
+    """Whether a float argument is the weight [N, K] of a linear layer."""
+    for use in arg.uses:
+        op = use.operation
+        if isinstance(op, llm.LinearOp) and op.w is arg and bool_of(op.transpose_w):
+            return op.x is not arg and dtype_of(arg).name == "float32"
+    return False
+
+
+def arrange(main: FuncOp) -> Arrangement:
+    """Places for the parameters of @main."""
+    places = []
+    offset = 0
+    layout: PackedFormat | None
+    for arg, path in signature.parameter_paths(main):
+        if isinstance(arg.type, llm.QuantizedTensorType):
+            layout = packed_format(arg.type, activation_group(arg))
+            nbytes, shape, dtype = layout.nbytes, arg.type.get_shape(), np.dtype(np.float32)
+        else:
+            assert isinstance(arg.type, TensorType)
+            shape, dtype = arg.type.get_shape(), element_dtype(arg.type.element_type)
+            layout = float_format(*shape) if _is_linear_weight(arg) else None
+            nbytes = layout.nbytes if layout is not None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        places.append(
+            Place(
+                argument=arg.index,
+                path=path,
+                offset=offset,
+                nbytes=nbytes,
+                layout=layout,
+                shape=tuple(shape),
+                dtype=dtype,
+            )
+        )
+        offset = round_up(offset + nbytes, ALIGNMENT)
+    return Arrangement(places=tuple(places))
+
+
+__all__ = ["Arrangement", "Place", "activation_group", "arrange"]

@@ -1,0 +1,116 @@
+"""Attention to pages and the writing of them against their reference, on ragged batches between guard pages."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from cpu_harness import native_assembly, parse, run_native, run_reference
+
+from llmir_jax.targets.cpu.host import KNOWN_HOSTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    value_dim: int = 16
+    page_size: int = 4
+    tokens: tuple[int, ...] = (1, 1, 1)  # new ones of each sequence
+    before: tuple[int, ...] = (5, 0, 40)  # tokens in the cache
+    padding: int = 0
+    attributes: str = ""
+    slopes: bool = False
+    int8: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}"
+        return f"{sizes}{self.attributes}{'-int8' * self.int8}"
+
+
+CASES = [
+    Case(),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1,), before=(99,)),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 0, 1), before=(200, 0, 15), padding=3),
+    Case(heads=1, kv_heads=1, dim=8, value_dim=24, page_size=5, tokens=(7, 2, 1), before=(0, 3, 33), padding=1),
+    Case(heads=6, kv_heads=1, dim=20, value_dim=12, page_size=2, tokens=(3, 3, 3)),
+    Case(heads=8, kv_heads=8, dim=128, value_dim=128, page_size=32, tokens=(2, 1), before=(31, 64)),
+    Case(tokens=(4, 5, 6), attributes=", window = 7 : i64"),
+    Case(heads=3, kv_heads=3, dim=32, value_dim=32, page_size=16, attributes=", window = 3 : i64", before=(5, 0, 90)),
+    Case(tokens=(2, 1, 5), attributes=", softcap = 3.0 : f32"),
+    Case(tokens=(2, 1, 5), slopes=True, attributes=", softcap = 5.0 : f32, window = 30 : i64"),
+    Case(tokens=(1, 3), before=(2, 6), attributes=", causal = false"),
+    Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(1, 2, 0)),
+    Case(int8=True, tokens=(3, 1, 2)),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), int8=True, padding=1),
+    Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), int8=True),
+    Case(tokens=(0, 0), before=(4, 4), padding=2),
+]
+
+
+def build(case: Case, seed: int):
+    rng = np.random.default_rng(seed)
+    num_seqs = len(case.tokens)
+    lengths = [a + b for a, b in zip(case.tokens, case.before, strict=False)]
+    per_seq = max(1, -(-max(lengths) // case.page_size))
+    num_pages = num_seqs * per_seq + 1
+    rows = sum(case.tokens) + case.padding
+    tables = rng.permutation(num_pages)[: num_seqs * per_seq].reshape(num_seqs, per_seq)
+    seq_ids = np.concatenate([np.repeat(np.arange(num_seqs), case.tokens), np.zeros(case.padding)])
+    chunks = [b + np.arange(t) for t, b in zip(case.tokens, case.before, strict=False)]
+    positions = np.concatenate([*chunks, np.zeros(case.padding)])
+    arrays = {
+        "k_pages": rng.normal(size=(num_pages, case.page_size, case.kv_heads, case.dim)),
+        "v_pages": rng.normal(size=(num_pages, case.page_size, case.kv_heads, case.value_dim)),
+        "q": rng.normal(size=(rows, case.heads, case.dim)),
+        "k": rng.normal(size=(rows, case.kv_heads, case.dim)),
+        "v": rng.normal(size=(rows, case.kv_heads, case.value_dim)),
+        "block_tables": tables,
+        "seq_lens": np.array([n if t else 0 for n, t in zip(lengths, case.tokens, strict=False)]),
+        "seq_ids": seq_ids,
+        "positions": positions,
+        "num_tokens": np.array(sum(case.tokens)),
+        "slopes": rng.random(size=case.heads),
+    }
+    kinds, values = {}, []
+    for name, array in arrays.items():
+        is_int = name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens")
+        values.append(array.astype(np.int32 if is_int else np.float32))
+        kinds[name] = f"tensor<{''.join(f'{n}x' for n in array.shape)}{'i32' if is_int else 'f32'}>"
+        if case.int8 and name.endswith("_pages"):
+            integers = rng.integers(-127, 128, array.shape).astype(np.int8)
+            values[-1] = (integers, rng.random(size=(*array.shape[:-1], 1)).astype(np.float16) / 64)
+            sizes = "x".join(map(str, array.shape))
+            kinds[name] = f"!llm.quantized_tensor<{sizes}xi8, scale=f16, symmetric=true>"
+    arguments = ", ".join(f'%{name}: {kind} {{llmir.role = "{name}"}}' for name, kind in kinds.items())
+    pages = f"{kinds['k_pages']}, {kinds['v_pages']}"
+    ints = ", ".join(kinds[name] for name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens"))
+    out = f"tensor<{rows}x{case.heads}x{case.value_dim}xf32>"
+    slopes, slopes_kind = (" slopes(%slopes)", f", {kinds['slopes']}") if case.slopes else ("", "")
+    text = f"""func.func @main({arguments}) -> ({out}, {pages}) {{
+      %kp, %vp = llm.write_pages %k_pages, %v_pages, %k, %v, %seq_ids, %positions, %block_tables, %num_tokens
+        : ({pages}, {kinds["k"]}, {kinds["v"]}, {kinds["seq_ids"]}, {kinds["positions"]}, {kinds["block_tables"]},
+           tensor<i32>) -> ({pages})
+      %o = llm.attend_pages %q, %kp, %vp, %block_tables, %seq_lens, %seq_ids, %positions, %num_tokens{slopes}
+        {{scale = 0.3 : f32{case.attributes}}} : ({kinds["q"]}, {pages}, {ints}{slopes_kind}) -> {out}
+      func.return %o, %kp, %vp : {out}, {pages}
+    }}"""
+    return parse(text), values
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_attention(case: Case) -> None:
+    module, values = build(case, seed=int(np.random.default_rng().integers(1 << 30)))
+    expected, got = run_reference(module, values), run_native(module, values, repeats=3)
+    live = sum(case.tokens)
+    assert np.isfinite(got[0]).all()
+    np.testing.assert_allclose(got[0][:live], expected[0][:live], rtol=0, atol=2e-5)
+    for pages, other in zip(got[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(pages, other)
+
+
+@pytest.mark.parametrize("name", KNOWN_HOSTS)
+def test_compiles_for(name: str) -> None:
+    module, _ = build(CASES[1], seed=0)
+    assert native_assembly(module, KNOWN_HOSTS[name])

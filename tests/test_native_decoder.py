@@ -1,0 +1,121 @@
+"""Decoders whose step is native code: the same logits and tokens as by the reference, and what the report says."""
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import DERIVABLE
+
+import llmir_jax as llmir
+from llmir_jax.decoder import Decoder
+from llmir_jax.errors import LlmirError
+from llmir_jax.runtime.sampling import SamplingParams
+from llmir_jax.targets.cpu.host import num_threads
+
+VOCAB, WIDTH, HEADS, HIDDEN = 97, 64, 4, 96
+
+
+def make_params(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    names = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH // 2), "v": (WIDTH, WIDTH // 2), "o": (WIDTH, WIDTH)}
+    names |= {"up": (WIDTH, HIDDEN), "gate": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+    layers = [
+        {name: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), jnp.float32) for name, shape in names.items()}
+        for _ in range(2)
+    ]
+    return {"embed": jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32), "layers": layers}
+
+
+def norm(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+
+
+def forward(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    """Llama's shape: grouped queries, a gated MLP, tied embeddings."""
+    batch, length = tokens.shape
+    x = params["embed"][tokens]
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    for layer in params["layers"]:
+        h = norm(x)
+        q, k, v = ((h @ layer[name]).reshape(batch, length, -1, WIDTH // HEADS) for name in "qkv")
+        k, v = (jnp.repeat(part, 2, axis=2) for part in (k, v))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 4
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), -1)
+        x = x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, -1) @ layer["o"]
+        h = norm(x)
+        x = x + (jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"]
+    return norm(x) @ params["embed"].T
+
+
+def build(target: str, seed: int = 0, **options: Any) -> Decoder:
+    sizes = {"num_pages": 32, "page_size": 4, "max_seqs": 3, "max_seq_len": 40, "buckets": (1, 8)}
+    return llmir.jit(forward).decoder(make_params(seed), target=target, **sizes, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantize": "int8"},
+        {"quantize": "int4-g32-min"},
+        {"quantize": "w4a8"},
+        {"quantize": "w8a8", "kv_cache": "int8"},
+        {"kv_cache": "int8"},
+    ],
+    ids=str,
+)
+def test_equals_the_reference(options: dict[str, Any]) -> None:
+    seed = int(np.random.default_rng().integers(1 << 20))
+    native, reference = build("cpu", seed, **options), build("reference", seed, **options)
+    assert native._step.is_native
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(0, VOCAB, n) for n in (23, 9, 1)]
+    # Rounding to 8 bits turns the last bits of a float into whole steps.
+    rounds = "kv_cache" in options or options.get("quantize", "").endswith("a8")
+    for a, b in zip(native.logits(sequences), reference.logits(sequences), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=(0.03 if rounds else 1e-5) * np.abs(b).max())
+    prompts = [s.tolist() for s in sequences]
+    assert [len(out) for out in native.generate(prompts, SamplingParams(max_tokens=6))] == [6, 6, 6]
+
+
+def test_report_says_what_serves() -> None:
+    decoder = build("cpu")
+    assert "native code for" in str(decoder.report())
+    assert "custom_call" in decoder.ir("target")
+
+
+def test_report_says_why_not() -> None:
+    entry = next(entry for entry in DERIVABLE if entry.name == "experts_top_k")
+    built = entry.build(0)
+    decoder = llmir.jit(built.forward).decoder(
+        built.model, target="cpu", num_pages=8, page_size=8, max_seqs=2, max_seq_len=32, buckets=(8,), verify=False
+    )
+    assert not decoder._step.is_native
+    assert "not native code: chlo.top_k" in str(decoder.report())
+
+
+def test_several_decoders_at_once() -> None:
+    """Calls that come together do not wait for each other's threads."""
+    decoders = [build("cpu", seed, verify=False) for seed in range(3)]
+    expected = [decoder.generate([[1, 2, 3]], SamplingParams(max_tokens=20)) for decoder in decoders]
+    found: list[Any] = [None] * len(decoders)
+
+    def run(i: int) -> None:
+        found[i] = [decoders[i].generate([[1, 2, 3]], SamplingParams(max_tokens=20)) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(decoders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found == [[outs] * 5 for outs in expected]
+
+
+@pytest.mark.parametrize("value", ["0", "10000", "-1", "two", "1.5"])
+def test_thread_counts_that_cannot_be(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMIR_NUM_THREADS", value)
+    with pytest.raises(LlmirError, match=r"LLMIR_NUM_THREADS must be a whole number from 1 to 512, got"):
+        num_threads()
