@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Operation, SSAValue
 from xdsl_jax.dialects import stablehlo
@@ -22,6 +23,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import ints, shape_of
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.transforms import signature
+from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class StepCost:
         )
 
     def prefill_multiply_adds(self, num_tokens: int) -> int:
-        """Of a prompt of `num_tokens` with an empty cache and the logits of its last row. Windows are not considered."""
+        """Of a prompt of `num_tokens` with an empty cache and one row of logits, as if there were no windows."""
         pairs = num_tokens * (num_tokens + 1) // 2
         return (
             num_tokens * self.multiply_adds_per_token + self.multiply_adds_per_row + pairs * self.multiply_adds_per_pair
@@ -54,6 +56,8 @@ def step_cost(
     module: ModuleOp, weight_bytes: Sequence[int], cache_groups: Sequence[CacheGroup], *, max_seqs: int
 ) -> StepCost:
     """The cost of a derived step, whose parameters have these sizes in order."""
+    module = module.clone()
+    SinkLogitsRowsPass(at_logits=False).apply(Context(), module)
     main, length = main_function(module), module_length(module)
     num_bytes = sum(
         _bytes_read(arg, size, length)
@@ -66,7 +70,7 @@ def step_cost(
             pair += heads * (dim + shape_of(op.results[0])[-1])
             continue
         num_multiply_adds = _multiply_adds(op)
-        if length in shape_of(op.results[0]) if num_multiply_adds else False:
+        if num_multiply_adds and length in shape_of(op.results[0]):
             token += num_multiply_adds // length
         else:
             row += num_multiply_adds // max_seqs
@@ -100,4 +104,5 @@ def _bytes_read(arg: SSAValue, size: int, length: int) -> float:
             return size
         rows += prod(shape_of(use.operation.results[0])) // length
     kind: Any = arg.type
-    return min(size, size * rows / prod(kind.get_shape()))
+    num_elements: int = prod(kind.get_shape())
+    return min(size, size * rows / num_elements)

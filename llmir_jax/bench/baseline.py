@@ -81,9 +81,7 @@ class Model:
         """Where forms of it are kept that others need; another folder if the file is another one."""
         stat = self.path.stat()
         key = hashlib.sha256(f"{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        path = smollm2.cache_dir() / "bench" / f"{self.path.stem}-{key}"
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        return smollm2.cache_dir() / "bench" / f"{self.path.stem}-{key}"
 
     def path_for(self, name: str) -> Path:
         """What a baseline loads, made unless it is there. Raises LlmirError."""
@@ -91,6 +89,8 @@ class Model:
             if not self.path.is_file():
                 raise LlmirError(f"baseline llama.cpp reads GGUF files, {self.path} is none: give MODEL as one")
             return self.path
+        if name == "jax" and "rope_theta" not in self.shape:
+            raise LlmirError(f"baseline jax is a model of the Llama architecture, {self.path} is of another")
         return self._huggingface() if name in ("openvino", "transformers") else self.path
 
     def _huggingface(self) -> Path:

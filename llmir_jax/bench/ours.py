@@ -14,7 +14,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty":
 
 
 class Ours:
-    """A decoder, through the calls that a program serves with; text is made of the tokens where there is a tokenizer."""
+    """A decoder, through the calls that a program serves with: with text, where there is a tokenizer."""
 
     def __init__(self, decoder: "Decoder") -> None:
         import jax

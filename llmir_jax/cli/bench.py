@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from llmir_jax.load import Loaded
 
 BASELINES = ("jax", "llama.cpp", "openvino", "transformers")
+SHAPE_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("rope_theta", "rms_norm_eps", "tie_embeddings"),
+)
 TARGETS = ("cpu", "gpu", "tpu", "reference")
 
 
@@ -166,7 +170,13 @@ def bench_command(
                 theirs = {"warm": {"command_s": their_startup(choice, files, ids, repeats, **setup)}}
                 found["baselines"][label]["startup"] = theirs
                 found["baselines"][label]["ratio"]["startup"] = ratios(found["startup"], theirs)
-    about = {"model": model, "quantize": list(quantize), "kv_cache": kv_cache, "dtype": dtype, "target": target}
+    about: dict[str, Any] = {
+        "model": model,
+        "quantize": list(quantize),
+        "kv_cache": kv_cache,
+        "dtype": dtype,
+        "target": target,
+    }
     about |= {"device": device, "threads": threads, **counts, "batch": list(batches)}
     from llmir_jax.bench.table import render, rounded
 
@@ -230,8 +240,8 @@ def _check_length(loaded: "Loaded", workload: "Workload") -> None:
     context = loaded.config.max_seq_len
     if workload.longest > context:
         raise RequestError(
-            f"sequences of {workload.longest} tokens are more than the {context} of the model's context: make --prompt, "
-            "--new, --prefill or --context smaller"
+            f"sequences of {workload.longest} tokens are more than the {context} of the model's context: make "
+            "--prompt, --new, --prefill or --context smaller"
         )
 
 
@@ -241,9 +251,7 @@ def _model_files(name: str, loaded: "Loaded") -> "Model":
     from llmir_jax.load import locate
 
     shape = asdict(loaded.config) if is_dataclass(loaded.config) else {}
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-    fields = (*fields, "head_dim", "rope_theta", "rms_norm_eps", "tie_embeddings")
-    return Model(path=locate(name), shape={field: shape[field] for field in fields if field in shape})
+    return Model(path=locate(name), shape={field: shape[field] for field in SHAPE_FIELDS if field in shape})
 
 
 def _generate_arguments(

@@ -11,6 +11,7 @@ beside this file import it by its bare name. Each gets one JSON object as its ar
 threads …), prints {"ready": true, …} when it is loaded, then answers each line of stdin with a line on stdout.
 """
 
+import itertools
 import json
 import math
 import os
@@ -48,7 +49,7 @@ def measure(engine: Engine, request: Message) -> Message:
         num_tokens, seconds = engine.batch(request["prompts"], new)
         return {"batch_tok_s": num_tokens / seconds}
     times = engine.token_times(request["prompt"], new + 1)
-    gaps = [1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+    gaps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
     found: Message = {"decode_tok_s": decode_speed(times)}
     found["prefill_tok_s"] = len(request["prefill"]) / engine.token_times(request["prefill"], 1)[0]
     found |= {"ttft_ms": 1e3 * times[0], "itl_ms": {"p50": percentile(gaps, 50), "p99": percentile(gaps, 99)}}

@@ -109,7 +109,8 @@ class HandWritten:
     def token_times(self, prompt: Sequence[int], num_tokens: int) -> list[float]:
         self._begin(1)
         ids = self._np.asarray([prompt], self._np.int32)
-        return protocol.timed_loop(lambda: self._next(ids), self._next, num_tokens)
+        times: list[float] = protocol.timed_loop(lambda: self._next(ids), self._next, num_tokens)
+        return times
 
     def batch(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[int, float]:
         self._begin(len(prompts))

@@ -37,6 +37,7 @@ class LlamaCpp:
         if not os.path.exists(path):
             params = self._lib.llama_model_quantize_default_params()
             params.ftype, params.allow_requantize, params.nthread = FORMATS[name], True, self._threads
+            os.makedirs(setup["cache"], exist_ok=True)
             scratch = f"{path}.{os.getpid()}"
             source, target = setup["model"].encode(), scratch.encode()
             if self._lib.llama_model_quantize(source, target, ctypes.byref(params)):
@@ -74,7 +75,10 @@ class LlamaCpp:
         if self._context is None or self._shape != (1, self._max_len):
             self._open(1, self._max_len)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        return protocol.timed_loop(lambda: self._feed(prompt), lambda token: self._feed([token]), num_tokens)
+        times: list[float] = protocol.timed_loop(
+            lambda: self._feed(prompt), lambda token: self._feed([token]), num_tokens
+        )
+        return times
 
     def batch(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[int, float]:
         if len(prompts) > TOKENS_A_CALL:

@@ -86,6 +86,7 @@ def _exported(setup: dict[str, Any]) -> str:
         return folder
     import optimum.intel  # noqa: F401  # what is missing is said before it is needed
 
+    os.makedirs(setup["cache"], exist_ok=True)
     with tempfile.TemporaryDirectory(dir=setup["cache"]) as scratch:
         out = os.path.join(scratch, "model")
         command = [

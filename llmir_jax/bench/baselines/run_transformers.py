@@ -32,10 +32,12 @@ class Transformers:
 
     def token_times(self, prompt: Sequence[int], num_tokens: int) -> list[float]:
         self._cache, ids = None, self._torch.tensor([list(prompt)])
-        return protocol.timed_loop(lambda: self._next(ids), self._next, num_tokens)
+        times: list[float] = protocol.timed_loop(lambda: self._next(ids), self._next, num_tokens)
+        return times
 
     def batch(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[int, float]:
-        self._cache, tokens = None, self._next(self._torch.tensor([list(prompt) for prompt in prompts]))
+        self._cache = None
+        tokens = self._next(self._torch.tensor([list(prompt) for prompt in prompts]))
         start = time.perf_counter()
         for _ in range(num_tokens):
             tokens = self._next(tokens)
