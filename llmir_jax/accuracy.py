@@ -9,6 +9,7 @@ With r the forward's distribution of the next token and q the decoder's, over th
 No more than a window of the forward's logits and a step of the decoder's are in memory; sums are in float64.
 """
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ class Measurement:
         """Of the decoder with these options (`quantize`, `kv_cache` …), which is built for it and let go."""
         decoder = self.loaded.decoder(**self._sizes(), verify=False, **options)
         report = decoder.report()
-        return Accuracy(
+        found = Accuracy(
             parameter_bytes=report.parameter_bytes,
             bits_per_weight=8 * report.parameter_bytes / self.loaded.source.num_elements,
             cache_bytes_per_token=sum(g.nbytes / (g.num_pages * g.page_size) for g in decoder.cache_groups),
@@ -200,6 +201,9 @@ class Measurement:
             prompts=agreement(self.reference, decoder, [c.sample for c in self.cases]) if self.cases else None,
             identical=_identical(decoder, self.cases) if self.cases else None,
         )
+        del decoder
+        gc.collect()  # its arrays are in cycles with the functions that were compiled for it
+        return found
 
     def _sizes(self) -> dict[str, Any]:
         longest = -(-self._longest // PAGE_SIZE)

@@ -23,11 +23,11 @@ ROUNDINGS = ("gptq", "mse", "percentile", "min-max")
 SCHEMES = (
     FLOAT,
     *("int8", "int4", "w8a8", "w4a8"),
-    *("int8-channel", "int4-g64", "int4-g32-zp", "int4-g32-min"),
+    *("int8-channel", "int4-g64", "int4-g32", "int4-g32-zp", "int4-g32-min"),
     *(f"{KV_CACHE}{name}" for name in options.KV_CACHES),
 )
-CALIBRATED = ("int4-g64+gptq", "int4-g64+mse", "int4-g64+percentile", "int8-g32-a8-g32-static", "mixed-4.25")
-"""With a text: ways to round, static scales of activations, and mixed widths at the size of int4-g64."""
+CALIBRATED = ("int4-g64+gptq", "int4-g64+mse", "int4-g32+gptq", "mixed-4.5", "int8-g32-a8-g32-static")
+"""With a text: ways to round, mixed widths at the size of int4-g32, and static scales of activations."""
 WINDOW = 512  # tokens
 
 
@@ -60,7 +60,7 @@ def accuracy_command(
 
     A scheme is float32, one that --quantize takes, or kv-int8 or kv-int4 for a cache; "+" joins: int4+kv-int8. With
     --calibrate also int4-g64+gptq, +mse, +percentile or +min-max, which is how weights are rounded then, static scales
-    of activations (…-a8-static), and mixed-4.25 for mixed widths of so many bits a weight.
+    of activations (…-a8-static), and mixed-4.5 for mixed widths of so many bits a weight.
 
     \b
     llmir accuracy smollm2-135m --text book.txt --schemes int8,int4,int4+kv-int8

@@ -43,7 +43,7 @@ class Calibration:
     """How static scales of activations are found: by the least squared error, a percentile, or the largest value."""
     percentile: float = 99.99
     """Of absolute values, above which "percentile" clips: 50 to 100."""
-    damping: float = 0.01
+    damping: float = 0.1
     """Of "gptq": what is added to the mean square of each input, relative to their mean. More trusts the text less."""
     window: int = 512
     """Tokens that are run through the model at a time, each window by itself."""
@@ -56,7 +56,7 @@ class Calibration:
         if not _is_number(self.percentile) or not 50 <= self.percentile <= 100:
             raise LlmirError(f"calibration: percentile must be a number from 50 to 100, got {self.percentile!r}")
         if not _is_number(self.damping) or not 0 < self.damping < math.inf:
-            raise LlmirError(f"calibration: damping must be a positive number such as 0.01, got {self.damping!r}")
+            raise LlmirError(f"calibration: damping must be a positive number such as 0.1, got {self.damping!r}")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise LlmirError(f"calibration: window must be a whole number of tokens, at least 1, got {self.window!r}")
         if (self.text is None) == (self.tokens is None):

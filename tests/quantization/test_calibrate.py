@@ -124,7 +124,7 @@ def build(params: Any, quantize: Any, **options: Any) -> Decoder:
 def test_decoder(weights: Any) -> None:
     """A decoder with calibrated weights is nearer to the floats than one that is rounded plainly, and says the same."""
     params = make_params()
-    calibration = Calibration(tokens=texts(2, 400), weights=weights, percentile=99, window=32)
+    calibration = Calibration(tokens=texts(2, 400), weights=weights, percentile=99, damping=0.01, window=32)
     sequence = np.asarray(texts(3, 40)[0])
     exact = np.asarray(forward(params, jnp.asarray(sequence)[None]))[0]
     calibrated = build(params, "int4-g16", calibration=calibration)  # checks itself too
@@ -136,7 +136,7 @@ def test_decoder(weights: Any) -> None:
     elif weights == "percentile":
         assert error != pytest.approx(plain, rel=1e-3)
     else:
-        assert error < (0.6 if weights == "gptq" else 0.95) * plain
+        assert error < (0.75 if weights == "gptq" else 0.95) * plain
 
 
 def test_static_activations() -> None:

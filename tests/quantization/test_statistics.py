@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llmir_jax.errors import LlmirError
-from llmir_jax.quantization import Calibration, InputStatistics, activation_scales, histogram_bins
-from llmir_jax.quantization.statistics import NUM_BINS, SMALLEST, histogram_edges
+from llmir_jax.quantization import Calibration, InputStatistics, activation_scales
+from llmir_jax.quantization.statistics import NUM_BINS, SMALLEST, histogram_bins, histogram_edges
 
 
 def fresh() -> np.random.Generator:
