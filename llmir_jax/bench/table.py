@@ -53,9 +53,10 @@ def caption(results: Results) -> str:
     weights = ", ".join(results["quantize"]) or results["dtype"]
     cache = f", {results['kv_cache']} cache" if results["kv_cache"] else ""
     times = f"; × is {OURS} divided by the other" if "baselines" in results else ""
+    threads = "1 thread" if results["threads"] == 1 else f"{results['threads']} threads"
     rounds = "round" if results["repeats"] == 1 else "rounds"
     return (
-        f"{results['model']} ({weights}{cache}) on {results['device']}, {results['threads']} threads: {results['new']} "
+        f"{results['model']} ({weights}{cache}) on {results['device']}, {threads}: {results['new']} "
         f"tokens after {results['prompt']}, prefill of {results['prefill']}; medians of {results['repeats']} {rounds}"
         f"{times}."
     )
