@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from xdsl.dialects.builtin import TensorType
 
 from llmir_jax.analysis.align import main_function
+from llmir_jax.analysis.cost import StepCost, step_cost
 from llmir_jax.calibrate import Planner
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
@@ -385,6 +386,11 @@ class Decoder:
         if self._step.not_native:
             return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
         return f"{reference} (no kernels of its own were asked for)"
+
+    def cost(self) -> StepCost:
+        """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""
+        sizes = [weight.value.nbytes for weight in self._step.weights]
+        return step_cost(self._step.derived_module, sizes, self.cache_groups, max_seqs=self._step.max_seqs)
 
     # The self-check
 

@@ -161,7 +161,7 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, param_dtype: DType
     """
     compute = _dtype("dtype", dtype, "float32")
     dtypes = {"dtype": compute, "param_dtype": _dtype("param_dtype", param_dtype, compute)}
-    path = _locate(name)
+    path = locate(name)
     if path.is_file():
         return _from_gguf(str(name), path, **dtypes)
     if (path / MANIFEST).exists():
@@ -179,7 +179,7 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, param_dtype: DType
     )
 
 
-def _locate(name: str | Path) -> Path:
+def locate(name: str | Path) -> Path:
     """The file or directory that `name` stands for, fetched if need be."""
     if name == smollm2.NAME:
         return smollm2.fetch_smollm2()

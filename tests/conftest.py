@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from hf_export import export_huggingface
 
 import llmir_jax as llmir
+from llmir_jax.bench.huggingface import export_huggingface
 from llmir_jax.checkpoint.smollm2 import fetch_smollm2
 
 

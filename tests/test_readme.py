@@ -39,7 +39,7 @@ def test_links_lead_somewhere() -> None:
 def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `llmir` command that the README shows has the options that it shows."""
     monkeypatch.chdir(ROOT)
-    lines = [line.split("  #")[0].split(" | ")[-1] for block in blocks("") for line in block.splitlines()]
+    lines = [line.split("  #")[0].split(" | ")[-1] for line in "".join(blocks("")).replace("\\\n", "").splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("llmir ")]
     assert len(commands) >= 5
     for _, name, *arguments in commands:

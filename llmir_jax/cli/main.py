@@ -11,6 +11,7 @@ import click
 
 import llmir_jax
 from llmir_jax.cli.accuracy import accuracy_command
+from llmir_jax.cli.bench import bench_command
 from llmir_jax.cli.compile import compile_command
 from llmir_jax.cli.generate import generate_command
 from llmir_jax.cli.quantize import quantize_command
@@ -92,6 +93,7 @@ llmir.add_command(generate_command)
 llmir.add_command(compile_command)
 llmir.add_command(quantize_command)
 llmir.add_command(accuracy_command)
+llmir.add_command(bench_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

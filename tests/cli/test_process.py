@@ -19,7 +19,14 @@ def test_help_does_not_wait_for_jax() -> None:
 
 
 def test_help_and_version() -> None:
-    for arguments in (["--help"], ["generate", "--help"], ["compile", "-h"], ["quantize", "-h"], ["accuracy", "-h"]):
+    for arguments in (
+        ["--help"],
+        ["generate", "--help"],
+        ["compile", "-h"],
+        ["quantize", "-h"],
+        ["accuracy", "-h"],
+        ["bench", "-h"],
+    ):
         process = start(*arguments)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "") and out.startswith("Usage: llmir")

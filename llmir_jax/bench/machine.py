@@ -1,0 +1,75 @@
+"""What the machine can do: threads, the speed of reading memory, and of arithmetic; measured where it is asked."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+
+from llmir_jax.errors import LlmirError
+
+THREADS = "LLMIR_NUM_THREADS"
+READ_BYTES = 256 << 20  # far more than the caches of a core
+MATMUL_SIZE = 1536  # three matrices of 9 MB
+SECONDS = 0.6  # spent on each of the two; the best try counts
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def num_threads() -> int:
+    """LLMIR_NUM_THREADS, or all cores. Raises LlmirError for a number that this machine does not have."""
+    cores, text = available_cores(), os.environ.get(THREADS)
+    if not text:
+        return cores
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= cores:
+        raise LlmirError(f"{THREADS}={text}: expected a number of threads from 1 to {cores}, the cores there are")
+    return int(text)
+
+
+@contextmanager
+def limited_to(threads: int) -> Iterator[None]:
+    """This process and those that it starts run on so many cores, whatever their libraries would like."""
+    if not hasattr(os, "sched_setaffinity") or threads >= available_cores():
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def read_bandwidth_gb_s(threads: int) -> float:
+    """10^9 bytes a second that `threads` read together from an array larger than the caches: its maximum is taken."""
+    parts = np.array_split(np.ones(READ_BYTES // 4, np.int32), threads)
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets go of the interpreter's lock
+        return READ_BYTES / 1e9 / _best(lambda: list(pool.map(np.max, parts)))
+
+
+def float32_gflop_s() -> float:
+    """10^9 float32 additions and multiplications a second of a matrix product, by XLA on the device that JAX uses."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
+    matmul = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+    return 2 * MATMUL_SIZE**3 / 1e9 / _best(lambda: matmul(a, a).block_until_ready())
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the quickest of several runs, after one that is not counted."""
+    run()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
