@@ -214,7 +214,7 @@ def _with_matrices(derived: Derived, recorder: Recorder) -> Derived:
 
 def _reasons(derived: Derived) -> tuple[str, ...]:
     """Why the step cannot be native code."""
-    from llmir_jax.targets.cpu.plan import reasons
+    from llmir_jax.targets.cpu.support import reasons
 
     return tuple(reasons(main_function(derived.module)))
 

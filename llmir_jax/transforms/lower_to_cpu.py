@@ -8,7 +8,7 @@
     }
 
 Parameters lie in one array, where the pass's `arrangement` says. Page arrays are written in place. A step with an
-operation that `targets.cpu.plan.unsupported_reason` names is not lowered.
+operation that `targets.cpu.support.unsupported_reason` names is not lowered.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import tensor
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.targets.cpu.native import NativeStep, compile_step
-from llmir_jax.targets.cpu.plan import reasons
+from llmir_jax.targets.cpu.support import reasons
 from llmir_jax.targets.cpu.weights import Arrangement, arrange
 from llmir_jax.transforms import signature
 

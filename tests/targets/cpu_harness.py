@@ -18,7 +18,8 @@ from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.ffi import handler_ir
 from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.llvm import Compiled, assembly
-from llmir_jax.targets.cpu.plan import Planner, reasons
+from llmir_jax.targets.cpu.plan import Planner
+from llmir_jax.targets.cpu.support import reasons
 from llmir_jax.targets.cpu.team import team
 from llmir_jax.targets.cpu.weights import arrange
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass

@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import StringAttr
 from llmir_jax.analysis.align import main_function
 from llmir_jax.interop import lower_to_module
 from llmir_jax.targets.cpu.host import KNOWN_HOSTS
-from llmir_jax.targets.cpu.plan import reasons
+from llmir_jax.targets.cpu.support import reasons
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.inline_calls import inline_calls
 

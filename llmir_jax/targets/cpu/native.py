@@ -8,7 +8,8 @@ from xdsl.dialects.func import FuncOp
 from llmir_jax.targets.cpu.ffi import handler_ir, register
 from llmir_jax.targets.cpu.host import this_host
 from llmir_jax.targets.cpu.llvm import Compiled
-from llmir_jax.targets.cpu.plan import Plan, Planner
+from llmir_jax.targets.cpu.plan import Planner
+from llmir_jax.targets.cpu.schedule import Plan
 from llmir_jax.targets.cpu.team import team
 from llmir_jax.targets.cpu.weights import Arrangement
 
@@ -31,7 +32,7 @@ _registered: dict[str, int] = {}
 
 
 def compile_step(main: FuncOp, arrangement: Arrangement) -> NativeStep:
-    """Compile @main, of operations that `plan.unsupported_reason` allows, for this machine."""
+    """Compile @main, of operations that `support.unsupported_reason` allows, for this machine."""
     host = this_host()
     threads = team()
     planner = Planner(main, arrangement, host, threads.size)
