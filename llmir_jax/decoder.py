@@ -342,9 +342,9 @@ class Decoder:
                 form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, _cache_dtype(kind))
                 forms[form] = forms.get(form, 0) + 1
         names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
-        server = self._server()
+        servers = self._servers(counts)
         entries = tuple(
-            AttentionEntry(layers=n, served_by=server, **dict(zip(names, form, strict=True)))
+            AttentionEntry(layers=n, served_by=servers["llm.attend_pages"], **dict(zip(names, form, strict=True)))
             for form, n in forms.items()
         )
         check = self._check
@@ -355,7 +355,7 @@ class Decoder:
         return Report(
             attention=entries,
             operations=counts,
-            served_by={name: server for name in sorted(counts) if name.startswith("llm.")},
+            served_by=servers,
             parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
             parameter_bytes=sum(weight.nbytes for weight in self._step.weights),
             not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
@@ -374,6 +374,17 @@ class Decoder:
             seconds=dict(self._recorder.seconds),
             notes=self._notes,
         )
+
+    def _servers(self, counts: dict[str, int]) -> dict[str, str]:
+        """What computes each kind of llm operation, and of any other that splits the native code, of which there are
+        so many."""
+        in_xla = self._step.in_xla
+        server = self._server()
+        found = {name: server for name in sorted({*counts, *in_xla}) if name.startswith("llm.") or name in in_xla}
+        for name, those in in_xla.items():
+            between = f"XLA, between calls of native code ({those})"
+            found[name] = between if those.count >= counts.get(name, 0) else f"{server}; some by {between}"
+        return found
 
     def _server(self) -> str:
         """What computes the step, and why."""

@@ -25,6 +25,7 @@ from llmir_jax.transforms.kv_cache_pruning import WINDOW
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
 if TYPE_CHECKING:
+    from llmir_jax.targets.cpu.regions import InXla, Split
     from llmir_jax.targets.cpu.weights import Arrangement
 
 
@@ -48,12 +49,16 @@ class DerivedStep:
         rounding: Rounding = plain_rounding,
     ):
         self.not_native: tuple[str, ...] = ()
-        """Why the step is not native code, where it was to be."""
+        """Why nothing of the step is native code, where it was to be."""
+        self.in_xla: dict[str, InXla] = {}
+        """Kinds of operations, by name, that XLA computes between calls of native code, and why."""
         if native:
             prepared = _with_matrices(derived, recorder)
-            self.not_native = _reasons(prepared)
+            found = _split(prepared)
+            self.not_native = found.not_native
             native = not self.not_native
             derived = prepared if native else derived
+            self.in_xla = found.in_xla if native else {}
         self._derived = derived
         self._recorder = recorder
         self._modules: dict[int, ModuleOp] = {}
@@ -75,7 +80,7 @@ class DerivedStep:
         self.cache_groups = self._groups()
 
     def _pack(self, main: FuncOp, weights: Iterator[Weight]) -> None:
-        """All parameters as the one array that native code reads."""
+        """Parameters as the one array that native code reads, and those that XLA does."""
         from llmir_jax.targets.cpu.weights import arrange  # here, since other targets need no LLVM
 
         self._arrangement = arrange(main)
@@ -87,19 +92,20 @@ class DerivedStep:
                 yield weight.value
                 packed[-1] = replace(weight, value=describe(weight.value))
 
-        self.params = (self._arrangement.fill(values()),)
+        packed_array, apart = self._arrangement.fill(values())
+        self.params = (packed_array, *apart)
         self.weights = tuple(packed)
 
     @property
     def is_native(self) -> bool:
-        """Whether the step is native code for this machine's CPU."""
+        """Whether the step, or most of it, is native code for this machine's CPU."""
         return self._arrangement is not None
 
     def values(self, params: Any) -> list[Any]:
         """The value of each of `weights`, of what `params` holds. Traceable."""
         if self._arrangement is None:
             return list(params)
-        return self._arrangement.values(params[0], [weight.value for weight in self.weights])
+        return self._arrangement.values(params[0], params[1:], [weight.value for weight in self.weights])
 
     @property
     def derived_module(self) -> ModuleOp:
@@ -173,7 +179,7 @@ class DerivedStep:
         for index, attributes in enumerate(self._attributes):
             role = self._role(index)
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
-            if role is None and self.is_native:
+            if role is None and self._arrangement is not None and index not in self._arrangement.apart:
                 continue
             if role is None:
                 param = next(remaining)
@@ -212,11 +218,11 @@ def _with_matrices(derived: Derived, recorder: Recorder) -> Derived:
     return replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
 
 
-def _reasons(derived: Derived) -> tuple[str, ...]:
-    """Why the step cannot be native code."""
-    from llmir_jax.targets.cpu.support import reasons
+def _split(derived: Derived) -> "Split":
+    """What of the step is native code."""
+    from llmir_jax.targets.cpu.regions import split
 
-    return tuple(reasons(main_function(derived.module)))
+    return split(main_function(derived.module))
 
 
 def _zeros(kind: Attribute) -> jax.Array:

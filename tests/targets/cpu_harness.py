@@ -95,7 +95,7 @@ def run_native(
     num_results = planner.num_results + 1
     code = Compiled(plan.text + handler_ir(planner.num_operands, num_results) + _RUN, host)
     parameters = {place.argument for place in arrangement.places}
-    packed = arrangement.fill(v for i, v in enumerate(values) if i in parameters)
+    packed, _ = arrangement.fill(v for i, v in enumerate(values) if i in parameters)
     buffers = [Guarded(np.asarray(packed))]
     for i, value in enumerate(values):
         if i not in parameters:

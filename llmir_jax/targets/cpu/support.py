@@ -1,6 +1,5 @@
 """What has native code: why an operation of a step is not computed natively, or None if it is."""
 
-from xdsl.dialects.builtin import TensorType
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import BlockArgument, Operation
 from xdsl_jax.dialects import stablehlo
@@ -15,7 +14,6 @@ from llmir_jax.targets.cpu.attention import pages_reason
 from llmir_jax.targets.cpu.elementwise import ELEMENTS
 from llmir_jax.targets.cpu.host import this_host
 from llmir_jax.targets.cpu.loops import reduce_reason
-from llmir_jax.transforms import signature
 
 
 def unsupported_reason(op: Operation) -> str | None:
@@ -78,9 +76,6 @@ def reasons(main: FuncOp) -> list[str]:
         reason = unsupported_reason(op)
         if reason is not None:
             found.setdefault(op_name(op), reason)
-    for arg, path in signature.parameter_paths(main):
-        if isinstance(arg.type, TensorType) and dtype_of(arg).name not in ("float32", "int32"):
-            found.setdefault(path, f"the parameter {path} is {dtype_of(arg).name}")
     return list(found.values())
 
 

@@ -29,6 +29,7 @@ from llmir_jax.targets.cpu.layout import (
     unpack_floats,
     unpack_weight,
 )
+from llmir_jax.targets.cpu.regions import Split, split
 from llmir_jax.transforms import signature
 
 ALIGNMENT = 64
@@ -50,9 +51,11 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """The places of all parameters, in the order of the arguments."""
+    """The places of the parameters that native code reads, in the order of the arguments."""
 
     places: tuple[Place, ...]
+    apart: tuple[int, ...] = ()
+    """Arguments that stay arguments of their own, since operations that XLA computes read them."""
 
     @property
     def nbytes(self) -> int:
@@ -64,13 +67,20 @@ class Arrangement:
         """The place of an argument of @main."""
         return next(place for place in self.places if place.argument == argument)
 
-    def fill(self, values: Iterator[Any]) -> jax.Array:
-        """The array uint8[nbytes] of these values.
+    def fill(self, values: Iterator[Any]) -> tuple[jax.Array, list[Any]]:
+        """The array uint8[nbytes] of the parameters' values, and those that stay apart.
 
-        The values are taken one at a time, so that no more than one is there beside the array.
+        The values, of all parameters in order, are taken one at a time, so that no more than one is there beside them.
         """
         content = aligned_bytes(self.nbytes)
-        for place, value in zip(self.places, values, strict=True):
+        places = {place.argument: place for place in self.places}
+        kept = []
+        for argument, value in zip(sorted({*places, *self.apart}), values, strict=True):
+            if argument in self.apart:
+                kept.append(value)
+            place = places.get(argument)
+            if place is None:
+                continue
             target = content[place.offset : place.offset + place.nbytes]
             if place.layout is None:
                 target[:] = np.ascontiguousarray(np.asarray(value)).view(np.uint8).reshape(-1)
@@ -79,12 +89,18 @@ class Arrangement:
             else:
                 target[:] = pack_weight(value, place.layout)
         array: jax.Array = jax.dlpack.from_dlpack(content)
-        return array
+        return array, kept
 
-    def values(self, content: jax.Array, described: Sequence[Any]) -> list[Any]:
-        """The inverse of `fill`. Traceable."""
+    def values(self, content: jax.Array, apart: Sequence[Any], described: Sequence[Any]) -> list[Any]:
+        """The inverse of `fill`, for what the values are like. Traceable."""
         found: list[Any] = []
-        for place, value in zip(self.places, described, strict=True):
+        places = {place.argument: place for place in self.places}
+        kept = dict(zip(self.apart, apart, strict=True))
+        for argument, value in zip(sorted({*places, *kept}), described, strict=True):
+            if argument in kept:
+                found.append(kept[argument])
+                continue
+            place = places[argument]
             part = jax.lax.slice(content, (place.offset,), (place.offset + place.nbytes,))
             if isinstance(value, QuantizedArray):
                 assert place.layout is not None
@@ -126,9 +142,15 @@ def _is_linear_weight(arg: BlockArgument) -> bool:
     return False
 
 
-def arrange(main: FuncOp) -> Arrangement:
-    """Places for the parameters of @main."""
+def arrange(main: FuncOp, found: Split | None = None) -> Arrangement:
+    """Places for the parameters of @main.
+
+    Those that XLA reads, of a step that is split so, stay apart; one that native code packs has a place as well.
+    """
+    found = split(main) if found is None else found
+    by_xla, packed = found.arguments(main, parity=1), found.arguments(main, parity=0, packed=True)
     places = []
+    apart = []
     offset = 0
     layout: PackedFormat | None
     for arg, path in signature.parameter_paths(main):
@@ -140,6 +162,10 @@ def arrange(main: FuncOp) -> Arrangement:
             shape, dtype = arg.type.get_shape(), element_dtype(arg.type.element_type)
             layout = float_format(*shape) if _is_linear_weight(arg) else None
             nbytes = layout.nbytes if layout is not None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if arg in by_xla:
+            apart.append(arg.index)
+            if arg not in packed:
+                continue
         places.append(
             Place(
                 argument=arg.index,
@@ -152,7 +178,7 @@ def arrange(main: FuncOp) -> Arrangement:
             )
         )
         offset = round_up(offset + nbytes, ALIGNMENT)
-    return Arrangement(places=tuple(places))
+    return Arrangement(places=tuple(places), apart=tuple(apart))
 
 
 __all__ = ["Arrangement", "Place", "activation_group", "arrange"]
