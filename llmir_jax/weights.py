@@ -8,11 +8,12 @@ from typing import Any, Protocol, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, TensorType
 from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
+from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.quantization import Plan, QuantizedArray, Rounding, Scheme, plain_rounding
 from llmir_jax.trace import Parameter
@@ -156,7 +157,9 @@ def fill(
     floats = _LastRead(source)
     for arg, path in signature.parameter_paths(main):
         if not isinstance(arg.type, llm.QuantizedTensorType):
-            yield _float_weight(path, attributes[arg.index], source, floats)
+            assert isinstance(arg.type, TensorType)
+            dtype = element_dtype(arg.type.get_element_type())
+            yield _float_weight(path, attributes[arg.index], source, floats, dtype)
             continue
         assert plan is not None
         pieces: list[Piece] = []
@@ -170,7 +173,9 @@ def fill(
         yield Weight(path=path, value=value, pieces=tuple(pieces))
 
 
-def _float_weight(path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead") -> Weight:
+def _float_weight(
+    path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead", dtype: np.dtype[Any]
+) -> Weight:
     """A parameter as it is, or the matrix that an argument has of one or of several."""
     if ROWS not in attributes and PARTS not in attributes:
         return Weight(path=path, value=source.read(path))
@@ -180,7 +185,7 @@ def _float_weight(path: str, attributes: Mapping[str, Attribute], source: Weight
         start = pieces[-1].stop if pieces else 0
         pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
         values.append(matrix.read(floats.read(part)))
-    return Weight(path=path, value=jnp.asarray(np.concatenate(values)), pieces=tuple(pieces))
+    return Weight(path=path, value=jnp.asarray(np.concatenate(values).astype(dtype)), pieces=tuple(pieces))
 
 
 class _LastRead:

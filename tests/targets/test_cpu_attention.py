@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cpu_harness import native_assembly, parse, run_native, run_reference
@@ -22,11 +23,12 @@ class Case:
     attributes: str = ""
     slopes: bool = False
     int8: bool = False
+    dtype: str = "float32"  # of the pages
 
     @property
     def name(self) -> str:
         sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}"
-        return f"{sizes}{self.attributes}{'-int8' * self.int8}"
+        return f"{sizes}{self.attributes}{'-int8' * self.int8}-{self.dtype}"
 
 
 CASES = [
@@ -46,6 +48,9 @@ CASES = [
     Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), int8=True, padding=1),
     Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), int8=True),
     Case(tokens=(0, 0), before=(4, 4), padding=2),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), dtype="bfloat16"),
+    Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(1, 2, 0), dtype="bfloat16"),
+    Case(tokens=(3, 1, 2), dtype="float16", attributes=", window = 7 : i64"),
 ]
 
 
@@ -76,8 +81,10 @@ def build(case: Case, seed: int):
     kinds, values = {}, []
     for name, array in arrays.items():
         is_int = name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens")
-        values.append(array.astype(np.int32 if is_int else np.float32))
-        kinds[name] = f"tensor<{''.join(f'{n}x' for n in array.shape)}{'i32' if is_int else 'f32'}>"
+        dtype = case.dtype if name.endswith("_pages") else "int32" if is_int else "float32"
+        values.append(array.astype(jnp.dtype(dtype)))
+        element = {"int32": "i32", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+        kinds[name] = f"tensor<{''.join(f'{n}x' for n in array.shape)}{element}>"
         if case.int8 and name.endswith("_pages"):
             integers = rng.integers(-127, 128, array.shape).astype(np.int8)
             values[-1] = (integers, rng.random(size=(*array.shape[:-1], 1)).astype(np.float16) / 64)

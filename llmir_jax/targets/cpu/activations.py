@@ -73,7 +73,7 @@ def _prepare_row(
             start = at + b * weight.block
             if inverse is None or scale is None:
                 total = row.segment_copy(element, start, weight.block, base, place, weight.padded_block)
-                sides = [] if weight.bits == 32 else [total]
+                sides = [] if weight.is_float else [total]
             else:
                 total = row.segment_round(
                     element, start, weight.block, scale, inverse, base, place, weight.padded_block

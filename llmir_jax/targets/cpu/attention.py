@@ -20,12 +20,13 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
 from llmir_jax.targets.cpu import elementary
+from llmir_jax.targets.cpu.elementwise import FLOATS
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
+from llmir_jax.targets.cpu.halves import half_to_float, widen
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
-from llmir_jax.targets.cpu.matmul import half_to_float
 
 MAX_HEADS = 4
 """M: query heads whose sums stay in registers beside each other."""
@@ -121,6 +122,7 @@ class _Attention:
         self.k_scales, self.v_scales = (
             None if pages.scales is None else self.kernel.pointer(pages.scales) for pages in (k_pages, v_pages)
         )
+        self.element = k_pages.element
         self.k_bytes, self.v_bytes = k_pages.width, v_pages.width
         self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
         self.page_size = k_pages.shape[1]
@@ -428,6 +430,8 @@ class _Attention:
         """Keys or values as floats: `offset` elements of `size` bytes after `base`."""
         if size == 4:
             return self.f.load(vector("float", width), base, 4 * offset, align=4)
+        if self.element != "i8":
+            return widen(self.f, self.f.load(vector(self.element, width), base, 2 * offset, align=2))
         integers = self.f.load(vector("i8", width), base, offset, align=1)
         return self.f.cast("sitofp", self.f.cast("sext", integers, "i32"), "float")
 
@@ -521,7 +525,9 @@ def attention_kernel(
 def pages_reason(kind: Attribute, host: Host) -> str | None:
     """Why pages of a type are not read and written natively."""
     if not isinstance(kind, llm.QuantizedTensorType):
-        return None if dtype_name(kind) == "float32" else f"of a cache of {dtype_name(kind)}"
+        if dtype_name(kind) == "float16" and not host.has_half:
+            return "of a float16 cache on a machine without float16 instructions"
+        return None if dtype_name(kind) in FLOATS else f"of a cache of {dtype_name(kind)}"
     if not kind.is_symmetric or kind.integer_type.width.data != 8 or str(kind.scale_type) != "f16":
         return f"of a cache of {kind.integer_type.width.data} bits"
     return None if host.has_half else "of a quantized cache on a machine without float16 instructions"

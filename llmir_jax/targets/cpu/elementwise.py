@@ -1,6 +1,7 @@
 """Elementwise operations as instructions on lanes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from xdsl.ir import Operation
@@ -9,10 +10,59 @@ from xdsl_jax.dialects import stablehlo
 from llmir_jax.dialects import stablehlo_ext
 from llmir_jax.dialects.build import dtype_of, scalar_constant
 from llmir_jax.targets.cpu import elementary
+from llmir_jax.targets.cpu.halves import narrow, widen
 from llmir_jax.targets.cpu.llvm import Function, Value, constant, element_of, lanes_of, vector
 
-ELEMENTS = {"float32": "float", "int32": "i32", "uint32": "i32", "int64": "i64", "bool": "i1"}
+ELEMENTS = {
+    "float32": "float",
+    "bfloat16": "float",
+    "float16": "float",
+    "int8": "i32",
+    "uint8": "i32",
+    "int32": "i32",
+    "uint32": "i32",
+    "int64": "i64",
+    "bool": "i1",
+}
 """LLVM types that values are computed in, by dtype."""
+STORED_ONLY = ("int8", "uint8", "uint32", "int64")
+"""Dtypes that are read, converted and laid out, but not computed with."""
+FLOATS = ("float32", "bfloat16", "float16")
+_HALF_NAMES = {"bfloat16": "bfloat", "float16": "half"}
+_STORED = {**_HALF_NAMES, "bool": "i8", "int8": "i8", "uint8": "i8"}
+"""LLVM types in memory, where they are others."""
+
+
+def memory_element(dtype: np.dtype[Any]) -> str:
+    """LLVM type of a dtype in memory that others read or write."""
+    return _STORED.get(dtype.name, ELEMENTS[dtype.name])
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether it is computed in float32."""
+    return dtype.name in FLOATS
+
+
+def loaded(f: Function, x: Value, dtype: np.dtype[Any]) -> Value:
+    """Lanes from memory as they are computed with."""
+    if element_of(x.type) == "i8":
+        wide = {"bool": ("trunc", "i1"), "int8": ("sext", "i32"), "uint8": ("zext", "i32")}[dtype.name]
+        return f.cast(wide[0], x, wide[1])
+    return widen(f, x)
+
+
+def storable(f: Function, x: Value, element: str) -> Value:
+    """Lanes as an element type in memory."""
+    source = element_of(x.type)
+    if element == "i8":
+        return f.cast("zext" if source == "i1" else "trunc", x, "i8")
+    return narrow(f, x, element)
+
+
+def rounded(f: Function, x: Value, dtype: np.dtype[Any]) -> Value:
+    """float32 lanes rounded to the floats of a dtype."""
+    half = _HALF_NAMES.get(dtype.name)
+    return x if half is None else widen(f, narrow(f, x, half))
 
 
 def _negate(f: Function, x: Value) -> Value:
@@ -135,7 +185,8 @@ def elementwise(f: Function, op: Operation, operands: list[Value]) -> Value:
     if isinstance(op, stablehlo.PowerOp):
         return _power(f, op, operands)
     assert isinstance(op, stablehlo.ConvertOp), op
-    return _convert(f, operands[0], ELEMENTS[dtype_of(op.results[0]).name])
+    source, dtype = (dtype_of(value) for value in (op.operands[0], op.results[0]))
+    return rounded(f, _convert(f, operands[0], source, dtype), dtype)
 
 
 def _integer_division(f: Function, name: str, operands: list[Value]) -> Value:
@@ -170,8 +221,9 @@ def _power(f: Function, op: stablehlo.PowerOp, operands: list[Value]) -> Value:
     return y
 
 
-def _convert(f: Function, x: Value, element: str) -> Value:
-    source = element_of(x.type)
+def _convert(f: Function, x: Value, source_dtype: np.dtype[Any], dtype: np.dtype[Any]) -> Value:
+    source, element = element_of(x.type), ELEMENTS[dtype.name]
+    is_signed = source_dtype.kind == "i"
     if source == element:
         return x
     if source == "float":
@@ -179,27 +231,30 @@ def _convert(f: Function, x: Value, element: str) -> Value:
             return f.fcompare("une", x, _like(x, 0.0))
         lanes = lanes_of(x.type)
         suffix = f"v{lanes}{element}.v{lanes}f32" if lanes > 1 else f"{element}.f32"
-        return f.intrinsic(f"llvm.fptosi.sat.{suffix}", vector(element, lanes), [x])
+        name = "llvm.fptosi.sat" if dtype.kind == "i" else "llvm.fptoui.sat"
+        return f.intrinsic(f"{name}.{suffix}", vector(element, lanes), [x])
     if element == "float":
-        return f.cast("uitofp" if source == "i1" else "sitofp", x, element)
+        return f.cast("sitofp" if is_signed else "uitofp", x, element)
     if element == "i1":
         return f.compare("ne", x, _like(x, 0))
     order = ["i1", "i32", "i64"]
     if order.index(element) < order.index(source):
         return f.cast("trunc", x, element)
-    return f.cast("zext" if source == "i1" else "sext", x, element)
+    return f.cast("sext" if is_signed else "zext", x, element)
 
 
 def elementwise_reason(op: Operation) -> str | None:
     """Why an operation is not computed element by element; None if it is. Empty if there is nothing more to say."""
     kind = "float32" if not op.operands else dtype_of(op.operands[0]).name
-    if type(op) in _FLOAT_ONLY and kind != "float32":
+    if type(op) in _FLOAT_ONLY and kind not in FLOATS:
         return f"of {kind}"
     if type(op) in _BINARY:
-        name = _BINARY[type(op)][{"float32": 0, "bool": 2}.get(kind, 1)]
+        name = _BINARY[type(op)][0 if kind in FLOATS else 2 if kind == "bool" else 1]
         return None if name is not None else f"of {kind}"
     if isinstance(op, stablehlo.PowerOp):
-        return None if kind == "float32" else f"of {kind}"
+        return None if kind in FLOATS else f"of {kind}"
+    if isinstance(op, stablehlo.ConvertOp) and dtype_of(op.results[0]).itemsize == 1 and kind not in ("bool", "int8"):
+        return None if dtype_of(op.results[0]).name == "bool" else f"to {dtype_of(op.results[0]).name}"
     if type(op) in _UNARY or isinstance(
         op, stablehlo.SelectOp | stablehlo.CompareOp | stablehlo.ClampOp | stablehlo.ConvertOp
     ):
@@ -207,4 +262,15 @@ def elementwise_reason(op: Operation) -> str | None:
     return ""
 
 
-__all__ = ["ELEMENTS", "elementwise", "elementwise_reason"]
+__all__ = [
+    "ELEMENTS",
+    "FLOATS",
+    "STORED_ONLY",
+    "elementwise",
+    "elementwise_reason",
+    "is_float",
+    "loaded",
+    "memory_element",
+    "rounded",
+    "storable",
+]

@@ -20,13 +20,21 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, ints, shape_of, splat_of
 from llmir_jax.dialects.llm.common import bool_of, float_of
 from llmir_jax.interop import op_name
-from llmir_jax.targets.cpu.elementwise import ELEMENTS, elementwise, elementwise_reason
+from llmir_jax.targets.cpu.elementwise import (
+    ELEMENTS,
+    STORED_ONLY,
+    elementwise,
+    elementwise_reason,
+    is_float,
+    loaded,
+    memory_element,
+    rounded,
+)
+from llmir_jax.targets.cpu.halves import WIDTHS, widen
+from llmir_jax.targets.cpu.host import this_host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, linear, unravel
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat
 from llmir_jax.targets.cpu.llvm import Function, Number, Value, constant, constants, element_of, vector
-
-_WIDTHS = {"float": 4, "half": 2, "i32": 4, "i64": 8, "i8": 1}
-"""Bytes of an element in memory."""
 
 
 class NotAVector(Exception):
@@ -53,7 +61,7 @@ class Buffer:
         for d, size in enumerate(reversed(shape)):
             strides.append(stride)
             stride *= row_stride if d == 0 and row_stride is not None else size
-        width = _WIDTHS[element]
+        width = WIDTHS[element]
         return Buffer(
             shape=tuple(shape), element=element, strides=tuple(reversed(strides)), nbytes=stride * width, place=place
         )
@@ -61,13 +69,12 @@ class Buffer:
     @property
     def width(self) -> int:
         """Bytes of an element."""
-        return _WIDTHS[self.element]
+        return WIDTHS[self.element]
 
 
-def memory_element(dtype: np.dtype[Any]) -> str:
-    """LLVM type of a dtype in memory."""
-    element = ELEMENTS[dtype.name]
-    return "i8" if element == "i1" else element
+def scratch_element(dtype: np.dtype[Any]) -> str:
+    """LLVM type of a dtype in memory of the step's own: floats keep all digits."""
+    return "float" if is_float(dtype) else memory_element(dtype)
 
 
 @dataclass(kw_only=True)
@@ -166,10 +173,12 @@ class Evaluator:
             buffer = self.stored.buffers[value]
             if value in self.stored.formats:
                 n, k = indices
-                tile = (n // ROWS) * (ROWS * self.stored.formats[value].num_columns)
-                return self.load(buffer, [tile + k * ROWS + n % ROWS])
-            loaded = self.load(buffer, indices)
-            return self.f.cast("trunc", loaded, "i1") if buffer.element == "i8" else loaded
+                layout = self.stored.formats[value]
+                tile, together = (n // ROWS) * (ROWS * layout.padded_block), layout.columns_together
+                column = (k // together) * (together * ROWS) + k % together
+                place = tile + column + (n % ROWS) * together
+                return loaded(self.f, self.load(buffer, [place]), dtype_of(value))
+            return loaded(self.f, self.load(buffer, indices), dtype_of(value))
         assert not isinstance(value, BlockArgument), value
         op = value.owner
         assert isinstance(op, Operation)
@@ -195,8 +204,8 @@ class Evaluator:
         base = self.f.module.data(array.tobytes())
         offset = self.f.mul(place.emit(self.f, self.variables), array.dtype.itemsize)
         lanes = self.lanes if step == 1 else 1
-        loaded = self.f.splat(self.f.load(vector(memory, lanes), base, offset), self.lanes if step == 0 else 1)
-        return self.f.cast("trunc", loaded, "i1") if element == "i1" else loaded
+        found = loaded(self.f, self.f.load(vector(memory, lanes), base, offset), array.dtype)
+        return self.f.splat(found, self.lanes if step == 0 else 1)
 
     def number(self, index: Index) -> Value:
         """An index as i64 lanes."""
@@ -210,9 +219,10 @@ class Evaluator:
 
     def _iota(self, op: stablehlo.IotaOp, indices: list[Index]) -> Value:
         number = self.number(indices[op.iota_dimension.value.data])
-        element = ELEMENTS[dtype_of(op.results[0]).name]
+        dtype = dtype_of(op.results[0])
+        element = ELEMENTS[dtype.name]
         if element == "float":
-            return self.f.cast("sitofp", number, element)
+            return rounded(self.f, self.f.cast("sitofp", number, element), dtype)
         return number if element == "i64" else self.f.cast("trunc", number, element)
 
     def _dynamic(self, ids: SSAValue, indices: list[Index], size: int) -> Index:
@@ -261,8 +271,7 @@ class Evaluator:
 
         def side(number: int) -> Value:
             at = start + i * width + (layout.value_bytes + number * layout.side_bytes)
-            loaded = f.load(layout.side, base, at.emit(f, variables), align=width)
-            return loaded if layout.side == "float" else f.cast("fpext", loaded, "float")
+            return widen(f, f.load(layout.side, base, at.emit(f, variables), align=width))
 
         scaled = f.binary("fmul", u, side(0))
         return f.binary("fadd", scaled, side(1)) if layout.has_minima else scaled
@@ -346,10 +355,13 @@ def _through(op: Operation, indices: list[Index]) -> list[Index]:
 def unsupported_reason(op: Operation) -> str | None:
     """Why an operation cannot be part of a region of elementwise operations; None if it can."""
     for value in (*op.operands, *op.results):
-        if isinstance(value.type, TensorType) and dtype_of(value).name not in ELEMENTS:
-            return f"{op_name(op)} at {location(op)}: {dtype_of(value).name} is not computed natively yet"
-        if isinstance(value.type, TensorType) and dtype_of(value).name in ("uint32", "int64") and not is_cheap(op):
-            return f"{op_name(op)} at {location(op)}: {dtype_of(value).name} is not computed natively yet"
+        if not isinstance(value.type, TensorType):
+            continue
+        name = dtype_of(value).name
+        if name not in ELEMENTS or (name in STORED_ONLY and not is_cheap(op)):
+            return f"{op_name(op)} at {location(op)}: {name} is not computed natively yet"
+        if name == "float16" and not this_host().has_half:
+            return f"{op_name(op)} at {location(op)}: float16 on a machine without float16 instructions"
     if isinstance(op, stablehlo.GatherOp):
         return None if row_gather(op) is not None else f"{op_name(op)} at {location(op)}: takes no whole rows"
     if type(op) in _HANDLERS or isinstance(op, _VIEWS):
@@ -367,5 +379,6 @@ __all__ = [
     "is_cheap",
     "memory_element",
     "row_gather",
+    "scratch_element",
     "unsupported_reason",
 ]

@@ -13,10 +13,11 @@ from xdsl_jax.dialects import stablehlo
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import ints, shape_of
 from llmir_jax.dialects.llm.common import float_of
+from llmir_jax.targets.cpu.elementwise import storable
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, NotAVector, Stored
 from llmir_jax.targets.cpu.index import Index, Var, unravel, variable
 from llmir_jax.targets.cpu.kernel import Kernel
-from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, element_of
+from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant
 from llmir_jax.targets.cpu.rows import Domain, Row
 
 RANGE = ("row_lo", "row_hi", "col_lo", "col_hi")
@@ -104,10 +105,8 @@ class Loops:
                 if evaluator.lanes > 1 and place.stride(evaluator.lane, evaluator.lanes) != 1:
                     raise NotAVector
                 f = kernel.f
-                if element_of(result.type) == "i1":
-                    result = f.cast("zext", result, "i8")
                 offset = f.mul(place.emit(f, evaluator.variables), target.width)
-                f.store(result, kernel.pointer(target), offset, align=target.width)
+                f.store(storable(f, result, target.element), kernel.pointer(target), offset, align=target.width)
 
             return body
 
@@ -192,9 +191,8 @@ class Loops:
                 return evaluator.at(init, [])
 
             result = row.fold(element, combiner, first)
-            if result.type == "i1":
-                result = f.cast("zext", result, "i8")
-            f.store(result, kernel.pointer(target), f.mul(row.number, target.width), align=target.width)
+            offset = f.mul(row.number, target.width)
+            f.store(storable(f, result, target.element), kernel.pointer(target), offset, align=target.width)
 
         return self.rowwise("reduce", columns, rows, body)
 

@@ -7,6 +7,7 @@ from xdsl.ir import SSAValue
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator
+from llmir_jax.targets.cpu.halves import narrow
 from llmir_jax.targets.cpu.index import Index, dynamic, unravel
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Value, constant
@@ -42,7 +43,12 @@ def writing_pages(loops: Loops, op: llm.WritePagesOp, pages: Buffer, which: int)
                 page = f.cast("sext", inner.at(op.block_tables, [dynamic(sequence, seqs), entry]), "i64")
                 slot = f.add(f.mul(page, page_size), f.rem(position, page_size))
                 place = f.add(f.mul(slot, domain.columns), column.emit(f, evaluator.variables))
-                f.store(result, kernel.pointer(pages), f.mul(place, pages.width), align=pages.width)
+                f.store(
+                    narrow(f, result, pages.element),
+                    kernel.pointer(pages),
+                    f.mul(place, pages.width),
+                    align=pages.width,
+                )
 
             f.when(is_token, write)
 

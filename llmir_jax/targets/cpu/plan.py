@@ -27,7 +27,7 @@ from llmir_jax.dialects.build import dtype_of, shape_of
 from llmir_jax.targets.cpu.activations import prepare
 from llmir_jax.targets.cpu.attached import Attached, Root, attach, covers
 from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
-from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element
+from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element, scratch_element
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index
 from llmir_jax.targets.cpu.kernel import Kernel
@@ -132,7 +132,7 @@ class Planner:
                 self.stored.buffers[arg] = buffer
                 continue
             if place.layout is not None:
-                element = "float" if place.layout.bits == 32 else "i8"
+                element = place.layout.side if place.layout.is_float else "i8"
                 buffer = Buffer(shape=place.shape, element=element, strides=(1,), nbytes=place.nbytes, place="weights")
                 self.stored.formats[arg] = place.layout
             else:
@@ -198,7 +198,7 @@ class Planner:
         owner = value.owner
         assert isinstance(owner, Operation)
         if target is None:
-            target = Buffer.of(shape_of(value), memory_element(dtype_of(value)))
+            target = Buffer.of(shape_of(value), scratch_element(dtype_of(value)))
         root = Root(
             order=self.index[owner],
             target=target,
@@ -225,7 +225,7 @@ class Planner:
                 self._reserve(op)
             elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp):
                 self.stored.buffers[op.results[0]] = Buffer.of(
-                    shape_of(op.results[0]), memory_element(dtype_of(op.results[0]))
+                    shape_of(op.results[0]), scratch_element(dtype_of(op.results[0]))
                 )
             elif isinstance(op, llm.WritePagesOp):
                 for which, (old, new) in enumerate(zip(op.operands[:2], op.results, strict=True)):
@@ -304,7 +304,12 @@ class Planner:
             buffer.offset = number
             self.result_buffers.append(buffer)
             is_product = isinstance(value.owner, _Matmul)
-            if is_product and self.keys[value] == {("result", operand)} and value not in self.direct:
+            if (
+                is_product
+                and buffer.element == "float"
+                and self.keys[value] == {("result", operand)}
+                and value not in self.direct
+            ):
                 self.direct[value] = buffer
                 continue
             root = Root(

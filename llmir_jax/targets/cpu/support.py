@@ -11,7 +11,7 @@ from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.interop import op_name
 from llmir_jax.targets.cpu import expressions
 from llmir_jax.targets.cpu.attention import pages_reason
-from llmir_jax.targets.cpu.elementwise import ELEMENTS
+from llmir_jax.targets.cpu.elementwise import ELEMENTS, FLOATS, is_float
 from llmir_jax.targets.cpu.host import this_host
 from llmir_jax.targets.cpu.loops import reduce_reason
 
@@ -25,7 +25,7 @@ def unsupported_reason(op: Operation) -> str | None:
         kinds = [op.k_pages.type, op.v_pages.type]
         other = op.q if isinstance(op, llm.AttendPagesOp) else op.k
         found = [reason for kind in kinds if (reason := pages_reason(kind, this_host())) is not None]
-        if not found and dtype_of(other).name != "float32":
+        if not found and not is_float(dtype_of(other)):
             found = [f"of {dtype_of(other).name}"]
         return f"{where}: {found[0]}" if found else None
     if isinstance(op, stablehlo.ReduceOp):
@@ -33,7 +33,7 @@ def unsupported_reason(op: Operation) -> str | None:
         if reason is not None:
             return f"{where}: {reason}"
         names = {dtype_of(value).name for value in op.operands}
-        return None if names <= {"float32", "int32", "bool"} else f"{where}: of {', '.join(sorted(names))}"
+        return None if names <= {*FLOATS, "int32", "bool"} else f"{where}: of {', '.join(sorted(names))}"
     if isinstance(op, stablehlo.ConcatenateOp):
         kind = dtype_of(op.results[0]).name
         return None if kind in ELEMENTS else f"{where}: of {kind}"
@@ -41,16 +41,17 @@ def unsupported_reason(op: Operation) -> str | None:
         return _matmul_reason(op, where)
     if isinstance(op, stablehlo.DotGeneralOp):
         names = {dtype_of(value).name for value in (op.lhs, op.rhs, op.results[0])}
-        return None if names == {"float32"} else f"{where}: of {', '.join(sorted(names))}"
+        return None if names <= set(FLOATS) else f"{where}: of {', '.join(sorted(names))}"
     if isinstance(op, llm.LinearOp):
         plain = isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w)
-        if not plain or {dtype_of(value).name for value in (op.x, op.w, op.output)} != {"float32"}:
-            return f"{where}: its weight is no float32 parameter"
-        return None
+        if not plain:
+            return f"{where}: its weight is no parameter"
+        names = {dtype_of(value).name for value in (op.x, op.w, op.output)}
+        return None if names <= set(FLOATS) else f"{where}: of {', '.join(sorted(names))}"
     if isinstance(op, llm.QuantizedGatherOp):
         is_weight = isinstance(op.w, BlockArgument) and isinstance(op.w.type, llm.QuantizedTensorType)
-        if not is_weight or dtype_of(op.results[0]).name != "float32":
-            return f"{where}: of something else than a parameter, or not to float32"
+        if not is_weight or not is_float(dtype_of(op.results[0])):
+            return f"{where}: of something else than a parameter, or not to floats"
         return None
     return expressions.unsupported_reason(op)
 
@@ -59,7 +60,7 @@ def _matmul_reason(op: llm.QuantizedMatmulOp, where: str) -> str | None:
     kind = op.w.type
     if not isinstance(op.w, BlockArgument) or not isinstance(kind, llm.QuantizedTensorType):
         return f"{where}: its weight is no quantized parameter"
-    if dtype_of(op.x).name != "float32" or dtype_of(op.output).name != "float32":
+    if not is_float(dtype_of(op.x)) or not is_float(dtype_of(op.output)):
         return f"{where}: of {dtype_of(op.x).name}"
     if op.activation_bits is not None:
         size = op.activation_group_size

@@ -19,6 +19,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.quantization import QuantizedArray
+from llmir_jax.targets.cpu.elementwise import is_float
 from llmir_jax.targets.cpu.layout import (
     PackedFormat,
     float_format,
@@ -84,7 +85,7 @@ class Arrangement:
             target = content[place.offset : place.offset + place.nbytes]
             if place.layout is None:
                 target[:] = np.ascontiguousarray(np.asarray(value)).view(np.uint8).reshape(-1)
-            elif place.layout.bits == 32:
+            elif place.layout.is_float:
                 target[:] = pack_floats(np.asarray(value), place.layout)
             else:
                 target[:] = pack_weight(value, place.layout)
@@ -134,11 +135,11 @@ def activation_group(weight: BlockArgument) -> int | None:
 
 
 def _is_linear_weight(arg: BlockArgument) -> bool:
-    """Whether a float argument is the weight [N, K] of a linear layer."""
+    """Whether an argument of floats is the weight [N, K] of a linear layer."""
     for use in arg.uses:
         op = use.operation
         if isinstance(op, llm.LinearOp) and op.w is arg and bool_of(op.transpose_w):
-            return op.x is not arg and dtype_of(arg).name == "float32"
+            return op.x is not arg and is_float(dtype_of(arg))
     return False
 
 
@@ -160,7 +161,7 @@ def arrange(main: FuncOp, found: Split | None = None) -> Arrangement:
         else:
             assert isinstance(arg.type, TensorType)
             shape, dtype = arg.type.get_shape(), element_dtype(arg.type.element_type)
-            layout = float_format(*shape) if _is_linear_weight(arg) else None
+            layout = float_format(shape[0], shape[1], dtype) if _is_linear_weight(arg) else None
             nbytes = layout.nbytes if layout is not None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if arg in by_xla:
             apart.append(arg.index)
