@@ -51,7 +51,13 @@ class Buffer:
     nbytes: int
     place: str = "scratch"  # or "argument", "result", "weights", "private" (one for each thread)
     offset: int = 0  # number of the argument or result, else bytes
-    scales: "Buffer | None" = None  # of pages in 8 bits: float16 [pages, page size, heads, 1]
+    scales: "Buffer | None" = None  # of pages of integers: float16 [pages, page size, heads, 1]
+    minima: "Buffer | None" = None  # of pages of 4 bits, two elements a byte: the same
+
+    @property
+    def parts(self) -> "list[Buffer]":
+        """The arrays that hold pages."""
+        return [part for part in (self, self.scales, self.minima) if part is not None]
 
     @staticmethod
     def of(shape: Sequence[int], element: str, *, row_stride: int | None = None, place: str = "scratch") -> "Buffer":

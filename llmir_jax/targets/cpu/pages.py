@@ -10,9 +10,12 @@ from llmir_jax.targets.cpu.expressions import Buffer, Evaluator
 from llmir_jax.targets.cpu.halves import narrow
 from llmir_jax.targets.cpu.index import Index, dynamic, unravel
 from llmir_jax.targets.cpu.kernel import Kernel
-from llmir_jax.targets.cpu.llvm import Value, constant
+from llmir_jax.targets.cpu.llvm import Number, Value, constant
 from llmir_jax.targets.cpu.loops import Body, Loops
 from llmir_jax.targets.cpu.rows import Domain, Row
+
+Element = Callable[[Evaluator, Index], Value]
+"""The value of a column."""
 
 
 def writing_pages(loops: Loops, op: llm.WritePagesOp, pages: Buffer, which: int) -> Callable[[Domain], Body]:
@@ -57,14 +60,13 @@ def writing_pages(loops: Loops, op: llm.WritePagesOp, pages: Buffer, which: int)
     return of
 
 
-def writing_int8_pages(
+def writing_quantized_pages(
     loops: Loops, op: llm.WritePagesOp, pages: Buffer, which: int
 ) -> Callable[[Domain], tuple[str, list[Buffer]]]:
-    """The same for pages in 8 bits: kernels whose columns are whole heads."""
+    """The same for pages of integers of 8 or 4 bits: kernels whose columns are whole heads."""
     value = (op.k, op.v)[which]
     num_rows, num_heads, head_dim = shape = shape_of(value)
-    page_size, scales = pages.shape[1], pages.scales
-    assert scales is not None
+    page_size = pages.shape[1]
 
     def body(kernel: Kernel, row: Row) -> None:
         f = kernel.f
@@ -85,16 +87,9 @@ def writing_int8_pages(
 
             def head_of(head: Value, carried: list[Value]) -> list[Value]:
                 start = dynamic(head, num_heads) * head_dim
-                largest = row.segment_max(element, start, head_dim)
-                rounded = f.cast("fptrunc", f.binary("fdiv", largest, constant("float", 127.0)), "half")
-                scale = f.cast("fpext", rounded, "float")
-                positive = f.fcompare("ogt", scale, constant("float", 0.0))
-                divisor = f.select(positive, scale, constant("float", 1.0))
-                inverse = f.binary("fdiv", constant("float", 1.0), divisor)
                 place = f.add(f.mul(slot, num_heads), head)
-                base = f.at(kernel.pointer(pages), f.mul(place, head_dim))
-                row.segment_round(element, start, head_dim, divisor, inverse, base, 0, head_dim)
-                f.store(rounded, kernel.pointer(scales), f.mul(place, 2), align=2)
+                write_head = _write_int8 if pages.minima is None else _write_int4
+                write_head(kernel, row, element, start, head_dim, pages, place)
                 return []
 
             lo, hi = (f.div(kernel.number(name), head_dim) for name in ("col_lo", "col_hi"))
@@ -106,4 +101,63 @@ def writing_int8_pages(
     return lambda domain: loops.rowwise("write_pages", num_heads * head_dim, num_rows, body)
 
 
-__all__ = ["writing_int8_pages", "writing_pages"]
+def _store_side(kernel: Kernel, side: Buffer | None, place: Number, value: Value) -> Value:
+    """Round a number of a head to float16 and store it; returns it as it was stored."""
+    assert side is not None
+    f = kernel.f
+    rounded = f.cast("fptrunc", value, "half")
+    f.store(rounded, kernel.pointer(side), f.mul(place, 2), align=2)
+    return f.cast("fpext", rounded, "float")
+
+
+def _positive(kernel: Kernel, scale: Value) -> Value:
+    """A scale to divide by: 1 for a head of zeros."""
+    f = kernel.f
+    is_positive = f.fcompare("ogt", scale, constant("float", 0.0))
+    return f.select(is_positive, scale, constant("float", 1.0))
+
+
+def _write_int8(
+    kernel: Kernel, row: Row, element: Element, start: Index, head_dim: int, pages: Buffer, place: Number
+) -> None:
+    f = kernel.f
+    largest = row.segment_max(element, start, head_dim)
+    scale = _store_side(kernel, pages.scales, place, f.binary("fdiv", largest, constant("float", 127.0)))
+    divisor = _positive(kernel, scale)
+    inverse = f.binary("fdiv", constant("float", 1.0), divisor)
+    base = f.at(kernel.pointer(pages), f.mul(place, head_dim))
+    row.segment_round(element, start, head_dim, divisor, inverse, base, 0, head_dim)
+
+
+def _write_int4(
+    kernel: Kernel, row: Row, element: Element, start: Index, head_dim: int, pages: Buffer, place: Number
+) -> None:
+    """x = q · scale + minimum, q from 0 to 15; elements 2i and 2i + 1 are the low and the high bits of a byte."""
+    f = kernel.f
+    least, largest = (row.segment_bound(element, start, head_dim, name) for name in ("minimum", "maximum"))
+    least = _store_side(kernel, pages.minima, place, least)
+    spread = f.binary("fdiv", f.binary("fsub", largest, least), constant("float", 15.0))
+    divisor = _positive(kernel, _store_side(kernel, pages.scales, place, spread))
+    base = f.at(kernel.pointer(pages), f.mul(place, head_dim // 2))
+
+    def integers(at: int, width: int) -> Value:
+        x = f.binary("fsub", row.lanes_at(element, start + at, width), f.splat(least, width))
+        q = f.overloaded("llvm.rint", [f.binary("fdiv", x, f.splat(divisor, width))])
+        q = f.overloaded("llvm.maxnum", [q, constant("float", 0.0, width)])
+        return f.cast("fptosi", f.overloaded("llvm.minnum", [q, constant("float", 15.0, width)]), "i32")
+
+    width = row.lanes
+    while width > 1 and head_dim % width:
+        width //= 2
+    for at in range(0, head_dim, max(width, 2)):
+        if width > 1:
+            q = integers(at, width)
+            low, high = (f.shuffle(q, q, range(i, width, 2)) for i in (0, 1))
+        else:
+            low, high = integers(at, 1), integers(at + 1, 1)
+        shift = constant("i32", 4, width // 2 or 1)
+        packed = f.binary("or", low, f.binary("shl", high, shift))
+        f.store(f.cast("trunc", packed, "i8"), base, at // 2)
+
+
+__all__ = ["writing_pages", "writing_quantized_pages"]

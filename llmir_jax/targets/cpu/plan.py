@@ -35,7 +35,7 @@ from llmir_jax.targets.cpu.layout import ROWS, PackedFormat, round_up
 from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
 from llmir_jax.targets.cpu.loops import Loops, rows_and_columns
 from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
-from llmir_jax.targets.cpu.pages import writing_int8_pages, writing_pages
+from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
 from llmir_jax.targets.cpu.weights import Arrangement
@@ -116,12 +116,14 @@ class Planner:
         for arg in self.main.body.block.args:
             place = parameters.get(arg.index)
             if place is None and isinstance(arg.type, llm.QuantizedTensorType):
-                pages, scales = (
-                    Buffer.of(part.get_shape(), element, place="argument")
-                    for part, element in zip(arg.type.parts(), ("i8", "half"), strict=True)
+                pages, *sides = (
+                    Buffer.of(part.get_shape(), "half" if i else "i8", place="argument")
+                    for i, part in enumerate(arg.type.parts())
                 )
-                pages.offset, scales.offset, pages.scales = number, number + 1, scales
-                number += 2
+                pages.scales, pages.minima = sides[0], sides[1] if len(sides) > 1 else None
+                for part in pages.parts:
+                    part.offset = number
+                    number += 1
                 self.stored.buffers[arg] = pages
                 continue
             if place is None:
@@ -232,7 +234,7 @@ class Planner:
                     self.stored.buffers[new] = self.stored.buffers[old]
                     pages = self.stored.buffers[old]
                     value = (op.k, op.v)[which]
-                    in_bytes = pages.scales is not None
+                    is_quantized = pages.scales is not None
                     self.roots.append(
                         Root(
                             order=self.index[op],
@@ -240,8 +242,8 @@ class Planner:
                             shape=shape_of(value),
                             body=writing_pages(self.loops, op, pages, which),
                             stem="write_pages",
-                            emit=writing_int8_pages(self.loops, op, pages, which) if in_bytes else None,
-                            granule=shape_of(value)[2] if in_bytes else 1,
+                            emit=writing_quantized_pages(self.loops, op, pages, which) if is_quantized else None,
+                            granule=shape_of(value)[2] if is_quantized else 1,
                         )
                     )
             elif isinstance(op, _Norm):
@@ -294,10 +296,8 @@ class Planner:
             source = pages.get(value)
             if source is not None:
                 held = self.stored.buffers[source]
-                self.page_results[number] = held
-                if held.scales is not None:
-                    self.page_results[number + 1] = held.scales
-                self.num_results += 1 if held.scales is None else 2
+                self.page_results.update(enumerate(held.parts, number))
+                self.num_results += len(held.parts)
                 continue
             self.num_results += 1
             buffer = Buffer.of(shape_of(value), memory_element(dtype_of(value)), place="result")

@@ -114,6 +114,14 @@ class Row:
         evaluator, _ = self.at(1, 0, 1)
         return elementwise(f, combiner, [result, first(evaluator)])
 
+    def lanes_at(self, make: Callable[[Evaluator, Index], Value], start: Index, width: int) -> Value:
+        """make(evaluator, column) of `width` columns side by side."""
+        var = Var("lane", width, width)  # so that lanes have something to run along
+        variables: dict[Var, Number] = {self.row_var: self.number, var: 0}
+        kernel = self.kernel
+        evaluator = Evaluator(kernel.f, self.stored, kernel.pointer, variables, var, width)
+        return make(evaluator, start + variable(var))
+
     def _segment(
         self,
         start: Index,
@@ -127,11 +135,7 @@ class Row:
         lanes = self.lanes if length >= self.lanes else 1
 
         def at(place: Number, index: Index, width: int) -> Value:
-            var = Var("lane", width, width)  # so that lanes have something to run along
-            variables: dict[Var, Number] = {self.row_var: self.number, var: 0}
-            kernel = self.kernel
-            evaluator = Evaluator(kernel.f, self.stored, kernel.pointer, variables, var, width)
-            return make(evaluator, start + index + variable(var), place)
+            return self.lanes_at(lambda evaluator, column: make(evaluator, column, place), start + index, width)
 
         def body(number: Value, carried: list[Value]) -> list[Value]:
             index = dynamic(number, length // lanes) * lanes
@@ -162,6 +166,18 @@ class Row:
             lambda evaluator, column, at: f.overloaded("llvm.fabs", [make(evaluator, column)]),
             lambda a, b: f.overloaded("llvm.maximum", [a, b]),
             lambda lanes: constant("float", 0.0, lanes),
+        )
+
+    def segment_bound(self, make: Callable[[Evaluator, Index], Value], start: Index, length: int, name: str) -> Value:
+        """The "minimum" or the "maximum" of some columns."""
+        f = self.kernel.f
+        neutral = float("inf") if name == "minimum" else float("-inf")
+        return self._segment(
+            start,
+            length,
+            lambda evaluator, column, at: make(evaluator, column),
+            lambda a, b: f.overloaded(f"llvm.{name}", [a, b]),
+            lambda lanes: constant("float", neutral, lanes),
         )
 
     def segment_round(
