@@ -17,8 +17,9 @@ from llmir_jax.interop import call_module, lower_to_module, make_context
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.ffi import handler_ir
 from llmir_jax.targets.cpu.host import Host, this_host
-from llmir_jax.targets.cpu.llvm import Compiled, assembly
+from llmir_jax.targets.cpu.llvm import Compiled, assembly, object_code
 from llmir_jax.targets.cpu.plan import Planner
+from llmir_jax.targets.cpu.regions import split
 from llmir_jax.targets.cpu.support import reasons
 from llmir_jax.targets.cpu.team import team
 from llmir_jax.targets.cpu.weights import arrange
@@ -87,8 +88,8 @@ def run_reference(module: ModuleOp, values: Sequence[Any]) -> list[np.ndarray]:
 
 def compiled_text(module: ModuleOp, host: Host, num_threads: int) -> tuple[str, Planner]:
     main = main_function(module)
-    assert reasons(main) == []
-    planner = Planner(main, arrange(main), host, num_threads)
+    assert reasons(main, host) == []
+    planner = Planner(main, arrange(main, split(main, host)), host, num_threads)
     return planner.run().text, planner
 
 
@@ -100,7 +101,7 @@ def run_native(
     main = main_function(module)
     workers = team()
     host = host or this_host()
-    arrangement = arrange(main)
+    arrangement = arrange(main, split(main, host))
     planner = Planner(main, arrangement, host, workers.size)
     plan = planner.run()
     num_results = planner.num_results + 1
@@ -143,6 +144,7 @@ define void @run(ptr %table) {
 def native_assembly(module: ModuleOp, host: Host) -> str:
     """Assembly for a machine that need not be this one."""
     text, _ = compiled_text(module, host, 4)
+    assert object_code(text, host)
     return assembly(text, host)
 
 
