@@ -2,7 +2,7 @@
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ class Guarded:
             assert _libc.mprotect(place, PAGE, 0) == 0
         self._unguard = [base, base + PAGE + size]
 
-    def release(self) -> None:
+    def __del__(self) -> None:  # else the memory would be freed as it is
         for place in self._unguard:
             _libc.mprotect(place, PAGE, 3)
 
@@ -97,6 +97,16 @@ def run_native(
     module: ModuleOp, values: Sequence[Any], *, host: Host | None = None, repeats: int = 1
 ) -> list[np.ndarray]:
     """The same by native code. Page arrays that are written are the arguments themselves."""
+    run = prepared_run(module, values, host=host)
+    for _ in range(repeats):
+        found = run()
+    return found
+
+
+def prepared_run(
+    module: ModuleOp, values: Sequence[Any], *, host: Host | None = None
+) -> Callable[[], list[np.ndarray]]:
+    """Compiles @main; what comes back runs it on the values, in memory of its own."""
     module = module.clone()
     main = main_function(module)
     workers = team()
@@ -124,13 +134,14 @@ def run_native(
     scratch = np.random.default_rng().integers(0, 256, max(plan.scratch_bytes, 1), np.uint8)
     buffers.append(Guarded(scratch))
     table = (ctypes.c_void_p * len(buffers))(*[buffer.address for buffer in buffers])
-    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address("run"))
-    for _ in range(repeats):
-        run(table)
-    found = [np.array(results[number].array) for number in sorted(results)]
-    for buffer in buffers:
-        buffer.release()
-    return found
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address("run"))
+
+    def run() -> list[np.ndarray]:
+        assert len(buffers) == len(table)  # the table holds their addresses: they stay as long as this does
+        call(table)
+        return [np.array(results[number].array) for number in sorted(results)]
+
+    return run
 
 
 _RUN = """
@@ -154,4 +165,4 @@ def with_matrices(module: ModuleOp) -> ModuleOp:
     return module
 
 
-__all__ = ["Guarded", "native_assembly", "of", "parse", "run_native", "run_reference", "with_matrices"]
+__all__ = ["Guarded", "native_assembly", "of", "parse", "prepared_run", "run_native", "run_reference", "with_matrices"]

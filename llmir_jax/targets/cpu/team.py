@@ -20,7 +20,8 @@ import threading
 
 import llvmlite.binding as binding
 
-from llmir_jax.targets.cpu.host import Host, num_threads, this_host
+from llmir_jax.errors import LlmirError
+from llmir_jax.targets.cpu.host import THREADS, Host, num_threads, this_host
 from llmir_jax.targets.cpu.llvm import Compiled
 
 TEAM_BYTES = 512
@@ -257,7 +258,7 @@ class Team:
         for worker in range(1, size):
             handle = ctypes.c_void_p()
             if create(ctypes.byref(handle), None, main, worker):
-                raise OSError("the system did not give another thread; set LLMIR_NUM_THREADS lower")
+                raise LlmirError(f"the system gave {worker} of {size} threads: set {THREADS} lower")
             detach(handle)
 
 
