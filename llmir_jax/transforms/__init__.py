@@ -15,6 +15,8 @@ PASSES: dict[str, tuple[str, str]] = {
     "kv-cache-pruning": ("kv_cache_pruning", "KVCachePruningPass"),
     "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
+    "lower-to-cpu": ("lower_to_cpu", "LowerToCpuPass"),
+    "matrix-weights": ("matrix_weights", "MatrixWeightsPass"),
     "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
     "quantization-calibration": ("quantization_calibration", "QuantizationCalibrationPass"),
     "quantized-operation-fusion": ("quantized_operation_fusion", "QuantizedOperationFusionPass"),

@@ -38,6 +38,7 @@ from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_o
 from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
+from llmir_jax.targets.cpu.support import stored_weight
 from llmir_jax.targets.cpu.weights import Arrangement
 
 SMALL = 4096
@@ -65,6 +66,12 @@ def _is_root_op(op: Operation) -> bool:
 def _scales(op: _Matmul) -> SSAValue | None:
     """Scales of a matmul's activations that are known before."""
     return op.activation_scales if isinstance(op, llm.QuantizedMatmulOp) else None
+
+
+def _weight(op: _Matmul) -> BlockArgument:
+    weight = stored_weight(op.w)
+    assert weight is not None
+    return weight
 
 
 def _follows_product(value: SSAValue) -> bool:
@@ -145,7 +152,7 @@ class Planner:
 
     def _input_format(self, op: _Matmul) -> InputFormat:
         rows = int(np.prod(shape_of(op.x)[:-1], dtype=np.int64))
-        layout = self.stored.formats[op.w]
+        layout = self.stored.formats[_weight(op)]
         group = None
         if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
             size = op.activation_group_size
@@ -392,8 +399,8 @@ class Planner:
     def _matmul_item(self, op: _Matmul, product: Buffer, attached: list[Attached]) -> None:
         prepared = self._prepare(op)
         inputs = self._input_format(op)
-        layout = self.stored.formats[op.w]
-        weight = self.stored.buffers[op.w]
+        layout = self.stored.formats[_weight(op)]
+        weight = self.stored.buffers[_weight(op)]
         stride = product.strides[-2] if len(product.strides) > 1 else product.shape[-1]
         inputs = InputFormat(num_rows=inputs.num_rows, weight=layout, group=inputs.group)
         kernel_name = matmul_kernel(self.module, inputs, row_stride=stride, num_columns=product.shape[-1])

@@ -2,7 +2,7 @@
 
 from xdsl.dialects.builtin import TensorType
 from xdsl.dialects.func import FuncOp, ReturnOp
-from xdsl.ir import BlockArgument, Operation
+from xdsl.ir import BlockArgument, Operation, SSAValue
 from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import location
@@ -47,7 +47,7 @@ def unsupported_reason(op: Operation, host: Host | None = None) -> str | None:
         odd = names - set(FLOATS)
         return f"{where}: of {', '.join(sorted(odd))}" if odd else _half_reason(op, where, host)
     if isinstance(op, llm.LinearOp):
-        plain = isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w)
+        plain = stored_weight(op.w) is not None and op.b is None and bool_of(op.transpose_w)
         if not plain:
             return f"{where}: its weight is no parameter"
         names = {dtype_of(value).name for value in (op.x, op.w, op.output)}
@@ -59,6 +59,13 @@ def unsupported_reason(op: Operation, host: Host | None = None) -> str | None:
             return f"{where}: of something else than a parameter, or not to floats"
         return _half_reason(op, where, host)
     return expressions.unsupported_reason(op, host)
+
+
+def stored_weight(weight: SSAValue) -> BlockArgument | None:
+    """The parameter that a product's weight is, widened to float32 or as it is; None if it is none."""
+    if isinstance(weight.owner, stablehlo.ConvertOp) and dtype_of(weight).name == "float32":
+        weight = weight.owner.operands[0]
+    return weight if isinstance(weight, BlockArgument) else None
 
 
 def _half_reason(op: Operation, where: str, host: Host) -> str | None:
@@ -93,4 +100,4 @@ def reasons(main: FuncOp, host: Host | None = None) -> list[str]:
     return list(found.values())
 
 
-__all__ = ["reasons", "unsupported_reason"]
+__all__ = ["reasons", "stored_weight", "unsupported_reason"]
