@@ -24,6 +24,7 @@ from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
+from llmir_jax.dialects.stablehlo_ext import TopKOp
 from llmir_jax.targets.cpu.activations import prepare
 from llmir_jax.targets.cpu.attached import Attached, Root, attach, covers
 from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
@@ -38,6 +39,7 @@ from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_o
 from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
+from llmir_jax.targets.cpu.selection import top_k
 from llmir_jax.targets.cpu.support import stored_weight
 from llmir_jax.targets.cpu.weights import Arrangement
 
@@ -59,7 +61,8 @@ def _is_root_op(op: Operation) -> bool:
         | llm.WritePagesOp
         | stablehlo.ReduceOp
         | stablehlo.ConcatenateOp
-        | stablehlo.DotGeneralOp,
+        | stablehlo.DotGeneralOp
+        | TopKOp,
     )
 
 
@@ -193,6 +196,8 @@ class Planner:
             return {("stored", op.q)} if operand == 0 else {("attend", op)}
         if isinstance(op, llm.WritePagesOp):
             return {("write", op, operand)}
+        if isinstance(op, TopKOp):
+            return {("stored", op.operand)}  # it is read k times
         if _is_root_op(op):
             return {("root", op)}
         (result,) = op.results
@@ -232,10 +237,9 @@ class Planner:
                 matmuls.append((op, self._product_buffer(op)))
             elif isinstance(op, llm.AttendPagesOp):
                 self._reserve(op)
-            elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp):
-                self.stored.buffers[op.results[0]] = Buffer.of(
-                    shape_of(op.results[0]), scratch_element(dtype_of(op.results[0]))
-                )
+            elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp | TopKOp):
+                for result in op.results:
+                    self.stored.buffers[result] = Buffer.of(shape_of(result), scratch_element(dtype_of(result)))
             elif isinstance(op, llm.WritePagesOp):
                 for which, (old, new) in enumerate(zip(op.operands[:2], op.results, strict=True)):
                     self.stored.buffers[new] = self.stored.buffers[old]
@@ -365,9 +369,10 @@ class Planner:
         made = {root.target: root.order for root in self.roots if root.target.place == "scratch"}
         made |= {buffer: self.index[op] for op, buffer in self.stored.statistics.items()}
         made |= {
-            self.stored.buffers[op.results[0]]: i
+            self.stored.buffers[result]: i
             for op, i in self.index.items()
-            if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp)
+            if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp | TopKOp)
+            for result in op.results
         }
         for op, product in matmuls:
             mine = [root for root in self.roots if product in reads[root]]
@@ -547,6 +552,12 @@ class Planner:
                 rows = int(np.prod(target.shape, dtype=np.int64))
                 total = int(np.prod(shape_of(op.lhs), dtype=np.int64))
                 self._add_item(i, name, buffers, {target}, ("rows", rows, total))
+            elif isinstance(op, TopKOp):
+                values, indices = (self.stored.buffers[result] for result in op.results)
+                name, buffers = top_k(self.loops, op, values, indices)
+                domain = rows_and_columns(shape_of(op.operand))
+                work = domain.columns * op.k.value.data
+                self._add_item(i, name, buffers, {values, indices}, ("rows", domain.rows, work))
             elif isinstance(op, stablehlo.ConcatenateOp):
                 self._concatenate_items(op, i)
 

@@ -9,12 +9,14 @@ from llmir_jax.analysis.align import location
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of
 from llmir_jax.dialects.llm.common import bool_of
+from llmir_jax.dialects.stablehlo_ext import TopKOp
 from llmir_jax.interop import op_name
 from llmir_jax.targets.cpu import expressions
 from llmir_jax.targets.cpu.attention import pages_reason
 from llmir_jax.targets.cpu.elementwise import ELEMENTS, FLOATS, is_float
 from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.loops import reduce_reason
+from llmir_jax.targets.cpu.selection import top_k_reason
 
 
 def unsupported_reason(op: Operation, host: Host | None = None) -> str | None:
@@ -37,6 +39,9 @@ def unsupported_reason(op: Operation, host: Host | None = None) -> str | None:
         names = {dtype_of(value).name for value in op.operands}
         odd = names - {*FLOATS, "int32", "bool"}
         return f"{where}: of {', '.join(sorted(odd))}" if odd else _half_reason(op, where, host)
+    if isinstance(op, TopKOp):
+        reason = top_k_reason(op)
+        return f"{where}: {reason}" if reason is not None else _half_reason(op, where, host)
     if isinstance(op, stablehlo.ConcatenateOp):
         kind = dtype_of(op.results[0]).name
         return _half_reason(op, where, host) if kind in ELEMENTS else f"{where}: of {kind}"
