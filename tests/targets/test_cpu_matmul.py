@@ -97,12 +97,7 @@ def test_compiles_for(name: str) -> None:
 ELEMENTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 50), (5, 97, 51), (13, 16, 64)], ids=str)
-@pytest.mark.parametrize("dtype", ELEMENTS)
-@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.cpu)
-def test_float_matmul(rows: int, n: int, k: int, dtype: str, host: Host) -> None:
-    if dtype == "float16" and not host.has_half:
-        pytest.skip("a machine without float16 instructions leaves such products to XLA")
+def make_float(rows: int, n: int, k: int, dtype: str):
     rng = np.random.default_rng()
     element = ELEMENTS[dtype]
     text = f"""func.func @main(%w: tensor<{n}x{k}x{element}> {{llmir.path = "w"}},
@@ -111,12 +106,27 @@ def test_float_matmul(rows: int, n: int, k: int, dtype: str, host: Host) -> None
         : (tensor<{rows}x{k}x{element}>, tensor<{n}x{k}x{element}>) -> tensor<{rows}x{n}x{element}>
       func.return %y : tensor<{rows}x{n}x{element}>
     }}"""
-    module = parse(text)
-    values = [rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in ((n, k), (rows, k))]
+    return parse(text), [rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in ((n, k), (rows, k))]
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 50), (5, 97, 51), (13, 16, 64)], ids=str)
+@pytest.mark.parametrize("dtype", ELEMENTS)
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.cpu)
+def test_float_matmul(rows: int, n: int, k: int, dtype: str, host: Host) -> None:
+    if dtype == "float16" and not host.has_half:
+        pytest.skip("a machine without float16 instructions leaves such products to XLA")
+    module, values = make_float(rows, n, k, dtype)
     (expected,), (got,) = run_reference(module, values), run_native(module, values, host=host)
     error = 1e-5 if dtype == "float32" else float(jnp.finfo(dtype).eps)
     expected, got = expected.astype(np.float32), got.astype(np.float32)
     np.testing.assert_allclose(got, expected, rtol=0, atol=error * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", KNOWN_HOSTS)
+def test_bfloat16_compiles_for(name: str) -> None:
+    module, _ = make_float(3, 20, 33, "bfloat16")
+    instruction = {"avx512-bf16": "vdpbf16ps", "neon-bf16": "bfcvt"}.get(name, "")
+    assert instruction in native_assembly(module, KNOWN_HOSTS[name])
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)

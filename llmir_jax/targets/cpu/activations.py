@@ -67,12 +67,11 @@ def _prepare_row(
             inverse = f.select(positive, quotient, constant("float", 0.0))
         for b in range(blocks):
             block = f.add(f.mul(number, blocks), b)
-            place = f.add(
-                f.mul(row.number, inputs.row_bytes), f.mul(block, weight.padded_block * (1 if inverse else 4))
-            )
+            place = f.add(f.mul(row.number, inputs.row_bytes), f.mul(block, weight.padded_block * inputs.element_bytes))
             start = at + b * weight.block
             if inverse is None or scale is None:
-                total = row.segment_copy(element, start, weight.block, base, place, weight.padded_block)
+                kind = "bfloat" if inputs.in_bfloats else "float"
+                total = row.segment_copy(element, start, weight.block, base, place, weight.padded_block, kind)
                 sides = [] if weight.is_float else [total]
             else:
                 total = row.segment_round(

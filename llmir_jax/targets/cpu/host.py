@@ -35,6 +35,11 @@ class Host:
         return 32 if self.dot in ("avx512-vnni", "neon-dotprod") else 16
 
     @property
+    def has_bf16_dot(self) -> bool:
+        """Whether an instruction adds two products of bfloat16 to a float32."""
+        return self.has_bf16 and self.dot == "avx512-vnni"
+
+    @property
     def is_linux(self) -> bool:
         """Whether threads wait on futexes."""
         return "linux" in self.triple

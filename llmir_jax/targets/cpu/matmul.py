@@ -28,12 +28,19 @@ class InputFormat:
 
     int8: xq int8 [num_rows, G · B'], then scales float32, sums Σ xq int32 and xs · Σ xq float32, [num_rows, G] each.
     float: x float32 [num_rows, G · B'], then Σ x float32 [num_rows, G]; for float weights x alone.
+    in_bfloats: x bfloat16 [num_rows, K'], for weights of the same.
     Padding columns are 0.
     """
 
     num_rows: int
     weight: PackedFormat
     group: int | None  # of activations in 8 bits; None for floats
+    in_bfloats: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an activation."""
+        return 1 if self.is_int8 else 2 if self.in_bfloats else 4
 
     @property
     def is_int8(self) -> bool:
@@ -48,7 +55,7 @@ class InputFormat:
     @property
     def row_bytes(self) -> int:
         """Bytes from row to row of the elements."""
-        return self.row_length * (1 if self.is_int8 else 4)
+        return self.row_length * self.element_bytes
 
     @property
     def side_bytes(self) -> int:
@@ -277,7 +284,20 @@ class _Product:
         copies = max(1, 8 // len(self.rows))  # so that sums do not wait for each other
         count = len(self.rows)
 
+        def pair(place: Number, sums: list[Value]) -> list[Value]:
+            """Two columns by one instruction."""
+            kind = vector("bfloat", 2 * lanes)
+            w = f.load(kind, self.tile, f.add(f.mul(place, 4 * ROWS), 4 * lanes * self.sub), align=4)
+            result = []
+            for total, row in zip(sums, self.rows, strict=True):
+                offset = f.add(f.mul(row, self.inputs.row_bytes), f.mul(place, 4))
+                x = f.bitcast(f.splat(f.load("i32", self.x, offset, align=4), lanes), kind)
+                result.append(f.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total, w, x]))
+            return result
+
         def column(place: Number, sums: list[Value]) -> list[Value]:
+            if self.inputs.in_bfloats:
+                return pair(place, sums)
             result = list(sums)
             for i, w in enumerate(self._float_columns(place)):
                 for r, row in enumerate(self.rows):

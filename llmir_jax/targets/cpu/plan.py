@@ -15,6 +15,7 @@ stored value is a *root*. Roots become *items* of a list:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from xdsl.dialects.builtin import TensorType
@@ -170,7 +171,8 @@ class Planner:
             has_minima=layout.has_minima,
             side=layout.side,
         )
-        return InputFormat(num_rows=rows, weight=like, group=group)
+        in_bfloats = layout.side == "bfloat" and dtype_of(op.x).name == "bfloat16" and self.host.has_bf16_dot
+        return InputFormat(num_rows=rows, weight=like, group=group, in_bfloats=in_bfloats)
 
     def _find_consumers(self) -> None:
         """For each value, which roots it is computed for; and which values are stored because there are several."""
@@ -407,7 +409,7 @@ class Planner:
         layout = self.stored.formats[_weight(op)]
         weight = self.stored.buffers[_weight(op)]
         stride = product.strides[-2] if len(product.strides) > 1 else product.shape[-1]
-        inputs = InputFormat(num_rows=inputs.num_rows, weight=layout, group=inputs.group)
+        inputs = replace(inputs, weight=layout)
         kernel_name = matmul_kernel(self.module, inputs, row_stride=stride, num_columns=product.shape[-1])
         kernel = Kernel(self.module, ("id", "n"))
         f = kernel.f

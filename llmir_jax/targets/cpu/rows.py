@@ -10,6 +10,7 @@ from xdsl_jax.dialects import stablehlo
 from llmir_jax.dialects.build import dtype_of
 from llmir_jax.targets.cpu.elementwise import ELEMENTS, elementwise
 from llmir_jax.targets.cpu.expressions import Evaluator, Stored
+from llmir_jax.targets.cpu.halves import WIDTHS, narrow
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Number, Value, constant, vector
@@ -287,20 +288,22 @@ class Row:
         base: Value,
         place: Number,
         padded: int,
+        element_type: str = "float",
     ) -> Value:
-        """Store columns as they are; returns their sum."""
+        """Store columns as floats, or as bfloat16; returns their sum."""
         f = self.kernel.f
+        size = WIDTHS[element_type]
 
         def element(evaluator: Evaluator, column: Index, at: Number) -> Value:
             x = make(evaluator, column)
-            f.store(x, base, f.add(place, f.mul(at, 4)), align=4)
+            f.store(narrow(f, x, element_type), base, f.add(place, f.mul(at, size)), align=size)
             return x
 
         total = self._segment(
             start, length, element, lambda a, b: f.binary("fadd", a, b), lambda lanes: constant("float", 0.0, lanes)
         )
         for at in range(length, padded):
-            f.store(constant("float", 0.0), base, f.add(place, 4 * at), align=4)
+            f.store(constant(f"i{8 * size}", 0), base, f.add(place, size * at), align=size)
         return total
 
 
