@@ -1,7 +1,7 @@
-"""The CPU target: a whole step as one native function, generated as LLVM IR and called through XLA's FFI.
+"""The CPU target: a step as native functions, one if it can be, generated as LLVM IR and called through XLA's FFI.
 
 support.py         which operations have native code; regions.py: what splits a step
-plan.py            which values are stored, what makes them; attached.py: what is done where a product is computed
+plan.py roots.py   which values are stored, what makes them; attached.py: what is done where a product is computed
 schedule.py        order, barriers, memory; the main function
 expressions.py     any region of elementwise and layout operations as the body of a loop; elementwise.py: instructions
 loops.py rows.py   loops: storing, reductions, norms; pages.py activations.py: pages, rounding of activations

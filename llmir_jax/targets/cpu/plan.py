@@ -38,61 +38,16 @@ from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
 from llmir_jax.targets.cpu.loops import Loops, rows_and_columns
 from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
 from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
+from llmir_jax.targets.cpu.roots import Matmul, Norm, follows_product, is_root_op, known_scales, weight_of
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
 from llmir_jax.targets.cpu.selection import top_k
-from llmir_jax.targets.cpu.support import stored_weight
 from llmir_jax.targets.cpu.weights import Arrangement
 
 SMALL = 4096
 """Elements up to which every thread computes a value for itself."""
 COLUMNS_AT_ONCE = 64
 """Columns of a product that are computed before what reads them, where there are many rows."""
-
-_Matmul = llm.QuantizedMatmulOp | llm.LinearOp
-_Norm = llm.RMSNormOp | llm.LayerNormOp
-
-
-def _is_root_op(op: Operation) -> bool:
-    return isinstance(
-        op,
-        llm.QuantizedMatmulOp
-        | llm.LinearOp
-        | llm.AttendPagesOp
-        | llm.WritePagesOp
-        | stablehlo.ReduceOp
-        | stablehlo.ConcatenateOp
-        | stablehlo.DotGeneralOp
-        | TopKOp,
-    )
-
-
-def _scales(op: _Matmul) -> SSAValue | None:
-    """Scales of a matmul's activations that are known before."""
-    return op.activation_scales if isinstance(op, llm.QuantizedMatmulOp) else None
-
-
-def _weight(op: _Matmul) -> BlockArgument:
-    weight = stored_weight(op.w)
-    assert weight is not None
-    return weight
-
-
-def _follows_product(value: SSAValue) -> bool:
-    """Whether a matmul's input is computed from the product of another element by element: then it is stored there."""
-    pending, computes, found = [value], False, False
-    while pending:
-        op = pending.pop().owner
-        if not isinstance(op, Operation):
-            continue
-        if isinstance(op, _Norm):
-            return False
-        if _is_root_op(op):
-            found |= isinstance(op, _Matmul)
-            continue
-        computes |= not is_cheap(op)
-        pending += op.operands
-    return computes and found
 
 
 class Planner:
@@ -154,9 +109,9 @@ class Planner:
             self.stored.buffers[arg] = buffer
         self.num_operands = number
 
-    def _input_format(self, op: _Matmul) -> InputFormat:
+    def _input_format(self, op: Matmul) -> InputFormat:
         rows = int(np.prod(shape_of(op.x)[:-1], dtype=np.int64))
-        layout = self.stored.formats[_weight(op)]
+        layout = self.stored.formats[weight_of(op)]
         group = None
         if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
             size = op.activation_group_size
@@ -183,7 +138,7 @@ class Planner:
                 for use in result.uses:
                     keys |= self._keys_of_use(use.operation, use.index)
                 self.keys[result] = keys
-                if _is_root_op(op):
+                if is_root_op(op):
                     continue
                 if (len(keys) > 1 and not is_cheap(op)) or ("stored", result) in keys:
                     self.valued.add(result)
@@ -191,20 +146,20 @@ class Planner:
     def _keys_of_use(self, op: Operation, operand: int) -> set[object]:
         if isinstance(op, ReturnOp):
             return {("result", operand)}
-        if isinstance(op, _Matmul):
-            prepares = ("prepare", op.x, self._input_format(op), _scales(op))
-            return {("stored", op.x) if operand == 0 and _follows_product(op.x) else prepares}
+        if isinstance(op, Matmul):
+            prepares = ("prepare", op.x, self._input_format(op), known_scales(op))
+            return {("stored", op.x) if operand == 0 and follows_product(op.x) else prepares}
         if isinstance(op, llm.AttendPagesOp):
             return {("stored", op.q)} if operand == 0 else {("attend", op)}
         if isinstance(op, llm.WritePagesOp):
             return {("write", op, operand)}
         if isinstance(op, TopKOp):
             return {("stored", op.operand)}  # it is read k times
-        if _is_root_op(op):
+        if is_root_op(op):
             return {("root", op)}
         (result,) = op.results
         keys: set[object] = {("stored", result)} if result in self.valued else set(self.keys[result])
-        if isinstance(op, _Norm) and operand == 0:
+        if isinstance(op, Norm) and operand == 0:
             keys.add(("statistics", op))
         return keys
 
@@ -233,9 +188,9 @@ class Planner:
         counters = Buffer.of((64,), "i32")
         partials = Buffer.of((16,), "float")
         self.counters, self.partials = counters, partials
-        matmuls: list[tuple[_Matmul, Buffer]] = []
+        matmuls: list[tuple[Matmul, Buffer]] = []
         for op in self.ops:
-            if isinstance(op, _Matmul):
+            if isinstance(op, Matmul):
                 matmuls.append((op, self._product_buffer(op)))
             elif isinstance(op, llm.AttendPagesOp):
                 self._reserve(op)
@@ -259,7 +214,7 @@ class Planner:
                             granule=shape_of(value)[2] if is_quantized else 1,
                         )
                     )
-            elif isinstance(op, _Norm):
+            elif isinstance(op, Norm):
                 per_row = 2 if isinstance(op, llm.LayerNormOp) else 1
                 rows = int(np.prod(shape_of(op.x)[:-1], dtype=np.int64))
                 self.stored.statistics[op] = Buffer.of((rows, per_row), "float")
@@ -316,7 +271,7 @@ class Planner:
             buffer = Buffer.of(shape_of(value), memory_element(dtype_of(value)), place="result")
             buffer.offset = number
             self.result_buffers.append(buffer)
-            is_product = isinstance(value.owner, _Matmul)
+            is_product = isinstance(value.owner, Matmul)
             if (
                 is_product
                 and buffer.element == "float"
@@ -333,7 +288,7 @@ class Planner:
             )
             self.roots.append(root)
 
-    def _product_buffer(self, op: _Matmul) -> Buffer:
+    def _product_buffer(self, op: Matmul) -> Buffer:
         buffer = self.direct.get(op.output)
         if buffer is None:
             shape = shape_of(op.output)
@@ -361,7 +316,7 @@ class Planner:
 
     # Matmuls
 
-    def _matmul_items(self, matmuls: list[tuple[_Matmul, Buffer]]) -> None:
+    def _matmul_items(self, matmuls: list[tuple[Matmul, Buffer]]) -> None:
         producers = {buffer: self.index[op] for op, buffer in matmuls}
         reads: dict[Root, set[Buffer]] = {}
         for root in self.roots:
@@ -391,23 +346,23 @@ class Planner:
                 self.roots.remove(each.root)
             self._matmul_item(op, product, attached)
 
-    def _prepare(self, op: _Matmul) -> Buffer:
+    def _prepare(self, op: Matmul) -> Buffer:
         """The input of a matmul, prepared once for all that take it so."""
         inputs = self._input_format(op)
-        key = (op.x, inputs, _scales(op))
+        key = (op.x, inputs, known_scales(op))
         if key not in self.prepared:
             buffer = Buffer(shape=(), element="i8", strides=(), nbytes=inputs.nbytes)
             self.prepared[key] = buffer
-            name, buffers = prepare(self.loops, op.x, inputs, buffer, _scales(op))
+            name, buffers = prepare(self.loops, op.x, inputs, buffer, known_scales(op))
             columns = inputs.weight.num_columns
             self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
         return self.prepared[key]
 
-    def _matmul_item(self, op: _Matmul, product: Buffer, attached: list[Attached]) -> None:
+    def _matmul_item(self, op: Matmul, product: Buffer, attached: list[Attached]) -> None:
         prepared = self._prepare(op)
         inputs = self._input_format(op)
-        layout = self.stored.formats[_weight(op)]
-        weight = self.stored.buffers[_weight(op)]
+        layout = self.stored.formats[weight_of(op)]
+        weight = self.stored.buffers[weight_of(op)]
         stride = product.strides[-2] if len(product.strides) > 1 else product.shape[-1]
         inputs = replace(inputs, weight=layout)
         kernel_name = matmul_kernel(self.module, inputs, row_stride=stride, num_columns=product.shape[-1])
@@ -537,7 +492,7 @@ class Planner:
         for op, i in self.index.items():
             if isinstance(op, llm.AttendPagesOp):
                 self._attend_item(op, i)
-            elif isinstance(op, _Norm):
+            elif isinstance(op, Norm):
                 target = self.stored.statistics[op]
                 name, buffers = self.loops.statistics(op, target)
                 shape = shape_of(op.x)
