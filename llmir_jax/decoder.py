@@ -161,6 +161,7 @@ class Decoder:
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
+        native = platform == "cpu" and target in (None, "cpu")
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         first: list[Traced] = []
@@ -185,6 +186,7 @@ class Decoder:
             calibration=calibration,
             trace_at=trace_at,
             encode=getattr(tokenizer, "encode", None),
+            target="cpu" if native else "reference",
         )
         derived = derive_step(
             trace_at,
@@ -207,7 +209,7 @@ class Decoder:
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
             recorder=recorder,
-            native=platform == "cpu" and target in (None, "cpu"),
+            native=native,
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
@@ -389,7 +391,7 @@ class Decoder:
 
     def cost(self) -> StepCost:
         """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""
-        sizes = [weight.value.nbytes for weight in self._step.weights]
+        sizes = [weight.nbytes for weight in self._step.weights]
         return step_cost(self._step.derived_module, sizes, self.cache_groups, max_seqs=self._step.max_seqs)
 
     # The self-check
