@@ -73,24 +73,12 @@ def test_presets() -> None:
     "name",
     [
         *("", "int3", "fp8", "INT8 ", "int8-", "int8-g0", "int8-g064", "int8-g64-min-zp", "int8-f16-g64"),
-        *(
-            "int8-g64-a4",
-            "int16-channel",
-            "int8-channel-tensor",
-            "int8-g64-a8-g0",
-            "int8-g64-a8-auto",
-            8,
-            None,
-            4.0,
-            b"int8",
-            ("int8",),
-        ),
+        *("int8-g64-a4", "int16-channel", "int8-channel-tensor", "int8-g64-a8-g0", "int8-g64-a8-auto"),
+        *(8, None, 4.0, b"int8", ("int8",)),
     ],
 )
 def test_unknown_names_are_refused(name: Any) -> None:
-    with pytest.raises(
-        LlmirError, match=r"quantize: .*'int8', 'int4', 'w4a16', 'w8a8', 'w4a8'.*int4-g32-min"
-    ) as caught:
+    with pytest.raises(LlmirError, match=r"quantize: .*'int8', 'int4', 'w4a16', .*int4-g32-min") as caught:
         parse_scheme(name)
     assert "\n" not in str(caught.value) and repr(name) in str(caught.value)
 
@@ -107,7 +95,7 @@ def test_unknown_names_are_refused(name: Any) -> None:
         ({"group_size": 32.0}, "group_size must be a whole number"),
         ({"activations": "int8", "activation_group_size": -1}, "activation_group_size must be a whole number"),
         ({"activation_group_size": 32}, "activations are not quantized"),
-        ({"activations": "int8", "auto_activations": True}, "the target decides about activations, or"),
+        ({"activations": "int8", "auto_activations": True}, "leaves activations to the target"),
         ({"per_tensor": True}, "leave group_size out"),
         ({"bits": 4, "group_size": 3}, "an even number of them; got group_size=3"),
     ],
