@@ -35,6 +35,10 @@ class WeightSource(Protocol):
     def activation_scales(self) -> Mapping[str, np.ndarray]:
         """Static scales, float32 [G] each, of what is multiplied with them, where their schemes have such."""
 
+    @property
+    def identity(self) -> str | None:
+        """Tells these parameters from any others, in other processes too; None if nothing does that costs little."""
+
     def read(self, path: str) -> jax.Array:
         """The parameter as floats."""
 
@@ -48,6 +52,7 @@ class ModelWeights:
     matrices: Mapping[str, tuple[int, int]] = {}
     stored: Mapping[str, Scheme] = {}
     activation_scales: Mapping[str, np.ndarray] = {}
+    identity: str | None = None
 
     def __init__(self, paths: Sequence[str], arrays: Sequence[jax.Array]) -> None:
         self._arrays = dict(zip(paths, arrays, strict=True))

@@ -34,6 +34,7 @@ from xdsl_jax.dialects.stablehlo.attributes import OutputOperandAlias
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import tensor
+from llmir_jax.disk_cache import DiskCache
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.targets.cpu.native import NativeStep, compile_step
 from llmir_jax.targets.cpu.plan import reasons
@@ -46,12 +47,12 @@ _BYTE = IntegerType(8, Signedness.UNSIGNED)
 _TYPED_FFI = 4
 
 
-def lower_to_cpu(module: ModuleOp, arrangement: Arrangement) -> NativeStep:
-    """Lower @main, in place. InvalidIRError for an operation that has no native code."""
+def lower_to_cpu(module: ModuleOp, arrangement: Arrangement, cache: DiskCache | None = None) -> NativeStep:
+    """Lower @main, in place, with object files in the cache. InvalidIRError for what has no native code."""
     main = main_function(module)
     if found := reasons(main):
         raise InvalidIRError(f"lower-to-cpu: {found[0]}")
-    native = compile_step(main, arrangement)
+    native = compile_step(main, arrangement, cache)
     block = main.body.block
     attributes = signature.argument_attributes(main)
     last = block.last_op
@@ -109,10 +110,11 @@ class LowerToCpuPass(ModulePass):
     name = "lower-to-cpu"
 
     arrangement: Arrangement | None = None
+    cache: DiskCache | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         arrangement = arrange(main_function(op)) if self.arrangement is None else self.arrangement
-        lower_to_cpu(op, arrangement)
+        lower_to_cpu(op, arrangement, self.cache)
 
 
 __all__ = ["WEIGHTS", "LowerToCpuPass", "lower_to_cpu"]

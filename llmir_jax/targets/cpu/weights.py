@@ -4,8 +4,8 @@ Quantized matrices and the weights of float matmuls are packed for the kernels (
 int32, row-major. One array, since every argument of a compiled step costs time at each call.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -63,6 +63,27 @@ class Arrangement:
     def of(self, argument: int) -> Place:
         """The place of an argument of @main."""
         return next(place for place in self.places if place.argument == argument)
+
+    def as_data(self) -> list[dict[str, Any]]:
+        """The places as what JSON holds."""
+        return [{**asdict(place), "dtype": np.dtype(place.dtype).name} for place in self.places]
+
+    @classmethod
+    def from_data(cls, data: Sequence[Mapping[str, Any]]) -> "Arrangement":
+        """The inverse of `as_data`."""
+        return cls(
+            places=tuple(
+                Place(
+                    **{
+                        **place,
+                        "layout": None if place["layout"] is None else PackedFormat(**place["layout"]),
+                        "shape": tuple(place["shape"]),
+                        "dtype": np.dtype(place["dtype"]),
+                    }
+                )
+                for place in data
+            )
+        )
 
     def fill(self, values: Iterator[Any]) -> jax.Array:
         """The array uint8[nbytes] of these values.
