@@ -12,9 +12,11 @@ from numpy.typing import ArrayLike
 
 from llmir_jax.analysis.cost import StepCost, step_cost
 from llmir_jax.calibrate import Planner
+from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
 from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
+from llmir_jax.plain_forward import PlainForward
 from llmir_jax.pipeline import Recorder, derive_step, text_of
 from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
@@ -29,7 +31,7 @@ from llmir_jax.stored_step import StoredStep
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
-from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, unread
+from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -431,20 +433,17 @@ class Decoder:
         parameters, weights = self._flat.params, self._step.weights
         others = unread(parameters, weights, self._source)
 
-        @jax.jit
-        def forward(values: Sequence[Any], others: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-            own = self._step.values(values)
-            (logits,) = self._flat.flat_fn(*dense(parameters, weights, own, others), tokens)
-            return logits.astype(jnp.float32)[0]
-
-        def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            rows: np.ndarray[Any, Any] = np.asarray(forward(self._step.params, others, jnp.asarray(tokens)[None]))
-            return rows
-
         start = time.perf_counter()
+        length = min(length, self._cached_logits(seed).capacity)
+        forward = PlainForward(
+            self._flat.flat_fn,
+            [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters],
+            DenseParameters(parameters, weights, self._step.stored, others),
+            length,
+        )
         result = self_check(
             self._cached_logits(seed),
-            run,
+            forward,
             vocab_size=self._input_vocab(),
             max_seqs=self._step.max_seqs,
             max_rows=self._step.buckets[-1],

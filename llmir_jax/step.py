@@ -12,6 +12,7 @@ from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.dense import element_dtype
+from llmir_jax.dense_parameters import Stored, stored_array
 from llmir_jax.derive import Derived
 from llmir_jax.dialects import llm
 from llmir_jax.interop import Executable, call_executable, executable
@@ -126,11 +127,11 @@ class DerivedStep:
         """Whether the step is native code for this machine's CPU."""
         return self._arrangement is not None
 
-    def values(self, params: Any) -> list[Any]:
-        """The value of each of `weights`, of what `params` holds. Traceable."""
+    def stored(self, number: int) -> Stored:
+        """The value of one of `weights` as a function of what is stored of it."""
         if self._arrangement is None:
-            return list(params)
-        return self._arrangement.values(params[0], [weight.value for weight in self.weights])
+            return stored_array(self.params[number])
+        return self._arrangement.stored(self.params[0], number, self.weights[number].value)
 
     @property
     def derived_module(self) -> ModuleOp:

@@ -258,12 +258,12 @@ def dense(
         for piece in weight.pieces:
             quantized.setdefault(piece.path, []).append((piece.matrix, piece.of(value)))
     return [
-        found[parameter.path] if parameter.path in found else _assembled(parameter, quantized[parameter.path])
+        found[parameter.path] if parameter.path in found else assembled(parameter, quantized[parameter.path])
         for parameter in parameters
     ]
 
 
-def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]]) -> jax.Array:
+def assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]]) -> jax.Array:
     """A parameter put together from the matrices that lie in it; zeros where there is none."""
     pairs = sorted(parts, key=lambda pair: pair[0].offset)
     size = prod(parameter.shape)
@@ -302,6 +302,7 @@ __all__ = [
     "ModelWeights",
     "Weight",
     "WeightSource",
+    "assembled",
     "dense",
     "describe",
     "fill",

@@ -5,7 +5,7 @@ int32, row-major. One array, since every argument of a compiled step costs time 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -15,11 +15,13 @@ from xdsl.dialects.func import FuncOp
 from xdsl.ir import BlockArgument
 
 from llmir_jax.dense import element_dtype
+from llmir_jax.dense_parameters import Stored, key_of
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.layout import (
+    ROWS,
     PackedFormat,
     float_format,
     pack_floats,
@@ -104,20 +106,50 @@ class Arrangement:
 
     def values(self, content: jax.Array, described: Sequence[Any]) -> list[Any]:
         """The inverse of `fill`. Traceable."""
-        found: list[Any] = []
-        for place, value in zip(self.places, described, strict=True):
-            part = jax.lax.slice(content, (place.offset,), (place.offset + place.nbytes,))
-            if isinstance(value, QuantizedArray):
-                assert place.layout is not None
-                found.append(unpack_weight(part, place.layout, value))
-                continue
-            if place.layout is not None:
-                found.append(unpack_floats(part, place.layout))
-                continue
-            width = np.dtype(place.dtype).itemsize
-            parts = part.reshape(-1, width) if width > 1 else part
-            found.append(jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape))
-        return found
+        return [
+            unpack(jax.lax.slice(content, (place.offset,), (place.offset + place.nbytes,)), place, value)
+            for place, value in zip(self.places, described, strict=True)
+        ]
+
+    def stored(self, content: jax.Array, number: int, described: Any) -> Stored:
+        """The value of a weight, as a function of its bytes."""
+        place = self.places[number]
+        whole = np.asarray(content)[place.offset : place.offset + place.nbytes]
+        return _stored(whole, place, described)
+
+
+def _stored(content: np.ndarray[Any, Any], place: Place, described: Any) -> Stored:
+    layout = place.layout
+    key = (layout, place.shape, np.dtype(place.dtype).name, key_of(described))
+
+    def rows(start: int, stop: int) -> Stored:
+        """Of a matrix; a part of a tile only at its end."""
+        assert layout is not None and start % ROWS == 0
+        begin, end = (tiles * layout.tile_bytes for tiles in (start // ROWS, -(-stop // ROWS)))
+        some = replace(place, layout=replace(layout, num_rows=stop - start), shape=(stop - start, *place.shape[1:]))
+        like = described
+        if isinstance(described, QuantizedArray):
+            like = replace(described, shape=(stop - start, described.shape[1]))
+        return _stored(content[begin:end], some, like)
+
+    return Stored(
+        arrays=content,
+        value=lambda raw: unpack(raw, place, described),
+        key=key,
+        rows=None if layout is None else rows,
+    )
+
+
+def unpack(part: jax.Array, place: Place, described: Any) -> Any:
+    """The value, described by `described`, whose bytes `part` are. Traceable."""
+    if isinstance(described, QuantizedArray):
+        assert place.layout is not None
+        return unpack_weight(part, place.layout, described)
+    if place.layout is not None:
+        return unpack_floats(part, place.layout)
+    width = np.dtype(place.dtype).itemsize
+    parts = part.reshape(-1, width) if width > 1 else part
+    return jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape)
 
 
 def aligned_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
