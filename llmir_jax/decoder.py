@@ -16,8 +16,8 @@ from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
 from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
-from llmir_jax.plain_forward import PlainForward
 from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.plain_forward import PlainForward
 from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
@@ -355,17 +355,17 @@ class Decoder:
     def report(self) -> Report:
         """What was matched, how each part is served, and what the self-check found."""
         record = self._step.record
-        counts, plan = record.operations, record.plan
-        server = self._server()
-        entries = tuple(AttentionEntry(served_by=server, **asdict(form)) for form in record.attention)
+        counts, plan = dict(record.operations), record.plan
+        servers = self._servers(counts)
+        entries = tuple(AttentionEntry(served_by=servers["llm.attend_pages"], **asdict(a)) for a in record.attention)
         values: dict[str, list[str]] = {}
         for weight in self._step.weights:
             for path, text in weight.describe(plan):
                 values.setdefault(path, []).append(text)
         return Report(
             attention=entries,
-            operations=dict(counts),
-            served_by={name: server for name in sorted(counts) if name.startswith("llm.")},
+            operations=counts,
+            served_by=servers,
             parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
             parameter_bytes=sum(weight.nbytes for weight in self._step.weights),
             not_quantized={} if plan is None else {p: why for p, why in plan.kept.items() if p in values},
@@ -393,6 +393,17 @@ class Decoder:
             f"passed{before}: {check.compared} rows of logits within {100 * check.error:.2g} % of the largest "
             f"({100 * check.tolerance:.2g} % allowed)"
         )
+
+    def _servers(self, counts: dict[str, int]) -> dict[str, str]:
+        """What computes each kind of llm operation, and of any other that splits the native code, of which there are
+        so many."""
+        in_xla = self._step.in_xla
+        server = self._server()
+        found = {name: server for name in sorted({*counts, *in_xla}) if name.startswith("llm.") or name in in_xla}
+        for name, those in in_xla.items():
+            between = f"XLA, between calls of native code ({those})"
+            found[name] = between if those.count >= counts.get(name, 0) else f"{server}; some by {between}"
+        return found
 
     def _server(self) -> str:
         """What computes the step, and why."""

@@ -17,7 +17,7 @@ import numpy as np
 from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.trace import Parameter
-from llmir_jax.weights import Weight, assembled, describe
+from llmir_jax.weights import Weight, assembled, describe, floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,9 @@ class DenseParameters:
             return Dense(arrays=self._others[path], make=lambda array: array, key=form)
         if path in self._whole:
             whole = self._stored(self._whole[path])
-            return Dense(arrays=whole.arrays, make=lambda arrays: jnp.asarray(whole.value(arrays)), key=(form, whole.key))
+            return Dense(
+                arrays=whole.arrays, make=lambda arrays: jnp.asarray(whole.value(arrays)), key=(form, whole.key)
+            )
         parts = self._parts[path]
         pieces = [piece for _, piece in parts]
         kept = [self._stored(at) for at, _ in parts]
@@ -95,7 +97,7 @@ class DenseParameters:
         return Dense(arrays=[own.arrays for own in kept], make=make, key=(form, places, tuple(own.key for own in kept)))
 
     def row_axis(self, index: int) -> int | None:
-        """The axis of a parameter [V, D] or [K, N] that the rows of its stored matrix lie along, if it is one matrix."""
+        """The axis of a parameter [V, D] or [K, N] that rows of its stored matrix lie along, if it is one matrix."""
         parameter = self._parameters[index]
         parts = self._parts.get(parameter.path, [])
         if len(parts) != 1 or len(parameter.shape) != 2:
@@ -115,9 +117,7 @@ class DenseParameters:
 
         def make(arrays: Any) -> jax.Array:
             value = some.value(arrays)
-            matrix = (
-                value.dequantize(parameter.dtype) if isinstance(value, QuantizedArray) else value.astype(parameter.dtype)
-            )
+            matrix = floats(value, parameter.dtype)
             return matrix if axis == 0 else matrix.T
 
         return Dense(arrays=some.arrays, make=make, key=(axis, parameter.dtype.name, some.key))

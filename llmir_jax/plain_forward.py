@@ -108,7 +108,9 @@ class PlainForward:
                 current = []
                 runs.append(current)
             current += [*needed, eqn]
-        return [self._piece(run, runs[at + 1 :]) if isinstance(run, list) else run for at, run in enumerate(runs) if run]
+        return [
+            self._piece(run, runs[at + 1 :]) if isinstance(run, list) else run for at, run in enumerate(runs) if run
+        ]
 
     def _is_large(self, index: int) -> bool:
         return self._parameters.nbytes(index) > LARGE

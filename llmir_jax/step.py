@@ -1,6 +1,6 @@
 """The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.pipeline import Recorder, specialize_step
 from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
-from llmir_jax.step_record import StepRecord
+from llmir_jax.step_record import NativeParts, StepRecord
 from llmir_jax.stored_step import StoredStep
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
@@ -27,6 +27,7 @@ from llmir_jax.transforms.kv_cache_pruning import WINDOW
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
 if TYPE_CHECKING:
+    from llmir_jax.targets.cpu.regions import InXla
     from llmir_jax.targets.cpu.weights import Arrangement
 
 
@@ -66,8 +67,8 @@ class DerivedStep:
         self._executables: dict[int, Executable] = {}
         if record is None:
             assert not callable(derived), "a step without a record is derived"
-            self._derived, arrangement, reasons = _lowerable(derived, recorder) if native else (derived, None, ())
-            record = StepRecord.of(self._derived, arrangement, reasons, notes)
+            self._derived, parts = _lowerable(derived, recorder) if native else (derived, NativeParts())
+            record = StepRecord.of(self._derived, parts, notes)
             if stored is not None:
                 stored.keep(record, self._derived.module)
         self.record = record
@@ -78,7 +79,7 @@ class DerivedStep:
         main = main_function(record.main)
         self._attributes = signature.argument_attributes(main)
         self._args = list(main.body.block.args)
-        self._arrangement = record.arrangement
+        self._arrangement = record.native.arrangement
         self.weights: tuple[Weight, ...]
         self.params: tuple[jax.Array | QuantizedArray, ...]
         weights = fill(record.main, record.plan, source, rounding)
@@ -94,8 +95,13 @@ class DerivedStep:
 
     @property
     def not_native(self) -> tuple[str, ...]:
-        """Why the step is not native code, where it was to be."""
-        return self.record.not_native
+        """Why nothing of the step is native code, where it was to be."""
+        return self.record.native.not_native
+
+    @property
+    def in_xla(self) -> "Mapping[str, InXla]":
+        """Kinds of operations, by name, that XLA computes between calls of native code, and why."""
+        return self.record.native.in_xla
 
     @cached_property
     def _derived(self) -> Derived:
@@ -107,10 +113,10 @@ class DerivedStep:
             length = module_length(module)
             return Derived(module, length, self.max_seqs, record.max_seq_len, plan=record.plan)
         derived = self._derive()
-        return _lowerable(derived, self._recorder)[0] if record.arrangement is not None else derived
+        return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
 
     def _pack(self, arrangement: "Arrangement", weights: Iterator[Weight]) -> None:
-        """All parameters as the one array that native code reads."""
+        """Parameters as the one array that native code reads, and those that XLA does."""
         packed: list[Weight] = []
 
         def values() -> Iterator[jax.Array | QuantizedArray]:
@@ -119,19 +125,20 @@ class DerivedStep:
                 yield weight.value
                 packed[-1] = replace(weight, value=describe(weight.value))
 
-        self.params = (arrangement.fill(values()),)
+        packed_array, apart = arrangement.fill(values())
+        self.params = (packed_array, *apart)
         self.weights = tuple(packed)
 
     @property
     def is_native(self) -> bool:
-        """Whether the step is native code for this machine's CPU."""
+        """Whether the step, or most of it, is native code for this machine's CPU."""
         return self._arrangement is not None
 
     def stored(self, number: int) -> Stored:
         """The value of one of `weights` as a function of what is stored of it."""
         if self._arrangement is None:
             return stored_array(self.params[number])
-        return self._arrangement.stored(self.params[0], number, self.weights[number].value)
+        return self._arrangement.stored(self.params[0], self.params[1:], number, self.weights[number].value)
 
     @property
     def derived_module(self) -> ModuleOp:
@@ -229,7 +236,7 @@ class DerivedStep:
         for index, attributes in enumerate(self._attributes):
             role = self._role(index)
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
-            if role is None and self.is_native:
+            if role is None and self._arrangement is not None and index not in self._arrangement.apart:
                 continue
             if role is None:
                 param = next(remaining)
@@ -261,17 +268,18 @@ class DerivedStep:
         return next(arrays)
 
 
-def _lowerable(derived: Derived, recorder: Recorder) -> tuple[Derived, "Arrangement | None", tuple[str, ...]]:
-    """The derived step in the form that native code is made of, places of its parameters; else why there is none."""
-    from llmir_jax.targets.cpu.plan import reasons
+def _lowerable(derived: Derived, recorder: Recorder) -> tuple[Derived, NativeParts]:
+    """The derived step in the form that native code is made of, if it is, and what is native of it."""
+    from llmir_jax.targets.cpu.regions import split
     from llmir_jax.targets.cpu.weights import arrange
     from llmir_jax.transforms.matrix_weights import MatrixWeightsPass
 
     prepared = replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
     main = main_function(prepared.module)
-    if found := tuple(reasons(main)):
-        return derived, None, found
-    return prepared, arrange(main), ()
+    found = split(main)
+    if found.not_native:
+        return derived, NativeParts(not_native=found.not_native)
+    return prepared, NativeParts(arrangement=arrange(main), in_xla=found.in_xla)
 
 
 def _zeros(kind: Attribute) -> jax.Array:

@@ -7,7 +7,7 @@ tokens, and to show its IR, does it need the operations themselves.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from llmir_jax.quantization import Plan, Scheme
 from llmir_jax.transforms import signature
 
 if TYPE_CHECKING:
+    from llmir_jax.targets.cpu.regions import InXla
     from llmir_jax.targets.cpu.weights import Arrangement
 
 
@@ -46,6 +47,37 @@ class AttentionForm:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class NativeParts:
+    """What of a step is native code for the CPU."""
+
+    arrangement: "Arrangement | None" = None
+    """Where native code finds the parameters; None if none of the step is native."""
+    not_native: tuple[str, ...] = ()
+    """Why none is, where it was to be."""
+    in_xla: Mapping[str, "InXla"] = field(default_factory=dict)
+    """Kinds of operations, by name, that XLA computes between calls of native code, and why."""
+
+    def as_data(self) -> dict[str, Any]:
+        """As what JSON holds."""
+        return {
+            "arrangement": None if self.arrangement is None else self.arrangement.as_data(),
+            "not_native": self.not_native,
+            "in_xla": {name: asdict(those) for name, those in self.in_xla.items()},
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "NativeParts":
+        """The inverse of `as_data`."""
+        if data["arrangement"] is None:
+            return cls(not_native=tuple(data["not_native"]))
+        from llmir_jax.targets.cpu.regions import InXla  # here, since other targets need no LLVM
+        from llmir_jax.targets.cpu.weights import Arrangement
+
+        in_xla = {name: InXla(**those) for name, those in data["in_xla"].items()}
+        return cls(arrangement=Arrangement.from_data(data["arrangement"]), in_xla=in_xla)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepRecord:
     """Of a step, at the length it was derived at."""
 
@@ -54,10 +86,7 @@ class StepRecord:
     max_seq_len: int
     plan: Plan | None
     notes: tuple[str, ...]
-    arrangement: "Arrangement | None"
-    """Where native code finds the parameters; None if the step is not native."""
-    not_native: tuple[str, ...]
-    """Why the step is not native code, where it was to be."""
+    native: NativeParts
     operations: Mapping[str, int]
     """How many there are, by name."""
     attention: tuple[AttentionForm, ...]
@@ -67,9 +96,7 @@ class StepRecord:
     """How activations are quantized: "int8 activations", "static int8 activations"."""
 
     @classmethod
-    def of(
-        cls, derived: Derived, arrangement: "Arrangement | None", not_native: Sequence[str], notes: Sequence[str]
-    ) -> "StepRecord":
+    def of(cls, derived: Derived, native: NativeParts, notes: Sequence[str]) -> "StepRecord":
         """The record of a derived step; `notes` go before its own."""
         main = main_function(derived.module)
         ops = list(main.body.block.ops)
@@ -78,8 +105,7 @@ class StepRecord:
             max_seq_len=derived.max_seq_len,
             plan=derived.plan,
             notes=(*derived.notes, *notes),
-            arrangement=arrangement,
-            not_native=tuple(not_native),
+            native=native,
             operations=dict(Counter(map(op_name, ops))),
             attention=_attention(op for op in ops if isinstance(op, llm.AttendPagesOp)),
             computes_in_half=any(
@@ -107,15 +133,14 @@ class StepRecord:
     def to_json(self) -> bytes:
         """The record as text. Static scales of activations cannot be in it."""
         assert self.plan is None or not self.plan.activation_scales
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data = {own.name: getattr(self, own.name) for own in fields(self)}
         out = StringIO()
         Printer(out, print_generic_format=True).print_op(self.main)
         data["main"] = out.getvalue()
         if self.plan is not None:
             schemes = {path: asdict(scheme) for path, scheme in self.plan.schemes.items()}
             data["plan"] = {"schemes": schemes, "kept": dict(self.plan.kept)}
-        if self.arrangement is not None:
-            data["arrangement"] = self.arrangement.as_data()
+        data["native"] = self.native.as_data()
         data["attention"] = [asdict(form) for form in self.attention]
         return json.dumps(data).encode()
 
@@ -129,10 +154,7 @@ class StepRecord:
         if data["plan"] is not None:
             schemes = {path: Scheme(**scheme) for path, scheme in data["plan"]["schemes"].items()}
             data["plan"] = Plan(schemes=schemes, kept=data["plan"]["kept"])
-        if data["arrangement"] is not None:
-            from llmir_jax.targets.cpu.weights import Arrangement  # here, since other targets need no LLVM
-
-            data["arrangement"] = Arrangement.from_data(data["arrangement"])
+        data["native"] = NativeParts.from_data(data["native"])
         data["attention"] = tuple(AttentionForm(**form) for form in data["attention"])
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
         return cls(**values)
@@ -171,4 +193,4 @@ def _cache_dtype(kind: TensorType | llm.QuantizedTensorType) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionForm", "StepRecord"]
+__all__ = ["AttentionForm", "NativeParts", "StepRecord"]

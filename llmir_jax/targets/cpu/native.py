@@ -11,7 +11,8 @@ from llmir_jax.disk_cache import DiskCache
 from llmir_jax.targets.cpu.ffi import handler_ir, register
 from llmir_jax.targets.cpu.host import this_host
 from llmir_jax.targets.cpu.object_cache import KIND, Linked, object_key, object_of
-from llmir_jax.targets.cpu.plan import Plan, Planner
+from llmir_jax.targets.cpu.plan import Planner
+from llmir_jax.targets.cpu.schedule import Plan
 from llmir_jax.targets.cpu.team import team
 from llmir_jax.targets.cpu.weights import Arrangement
 
@@ -35,7 +36,7 @@ _registered: dict[str, int] = {}
 
 
 def compile_step(main: FuncOp, arrangement: Arrangement, cache: DiskCache | None = None) -> NativeStep:
-    """Compile @main, of operations that `plan.unsupported_reason` allows, for this machine."""
+    """Compile @main, of operations that `support.unsupported_reason` allows, for this machine."""
     host = this_host()
     threads = team()
     planner = Planner(main, arrangement, host, threads.size)
