@@ -138,7 +138,9 @@ class DerivedStep:
         """The value of one of `weights` as a function of what is stored of it."""
         if self._arrangement is None:
             return stored_array(self.params[number])
-        return self._arrangement.stored(self.params[0], self.params[1:], number, self.weights[number].value)
+        packed, *apart = self.params
+        assert isinstance(packed, jax.Array)
+        return self._arrangement.stored(packed, apart, number, self.weights[number].value)
 
     @property
     def derived_module(self) -> ModuleOp:
