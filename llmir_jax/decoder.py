@@ -16,6 +16,7 @@ from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
 from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
+from llmir_jax.memory import give_back
 from llmir_jax.pipeline import Recorder, derive_step, text_of
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.quantization import Calibration, Quantize
@@ -223,6 +224,7 @@ class Decoder:
         derived = derive() if record is None else None
         facts = record or derived
         assert facts is not None
+        give_back()  # what tracing and the passes have left
         start = time.perf_counter()
         step = DerivedStep(
             derived or derive,
@@ -252,8 +254,10 @@ class Decoder:
             stored=stored if is_pure[0] else None,
             cache=cache,
         )
+        del derived, facts  # the step has them for as long as it needs to
         if verify:
             decoder._check = decoder._self_check(seed)
+            give_back()
         return decoder
 
     # Serving
@@ -445,13 +449,16 @@ class Decoder:
         others = unread(parameters, weights, self._source)
 
         start = time.perf_counter()
-        length = min(length, self._cached_logits(seed).capacity)
-        forward = PlainForward(
-            self._flat.flat_fn,
-            [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters],
-            DenseParameters(parameters, weights, self._step.stored, others),
-            length,
-        )
+
+        def forward(sequences: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters]
+            dense = DenseParameters(parameters, weights, self._step.stored, others)
+            plain = PlainForward(self._flat.flat_fn, shapes, dense, len(sequences[0]))
+            rows = [plain(sequence) for sequence in sequences]
+            del plain
+            give_back()  # what it compiled is not needed again
+            return rows
+
         result = self_check(
             self._cached_logits(seed),
             forward,

@@ -214,6 +214,7 @@ def _from_gguf(name: str, path: Path, *, dtype: DTypeLike, param_dtype: DTypeLik
     if tokenizer is not None:
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         special = {token: text for token, text in tokens.items() if text is not None}
+    file.forget("tokenizer.")  # as Python's strings, the vocabulary takes much more than in the tokenizer
     model = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
     return Loaded(
         name=name,

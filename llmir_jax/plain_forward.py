@@ -17,10 +17,11 @@ import numpy as np
 from jax.extend.core import Literal
 
 from llmir_jax.dense_parameters import Dense, DenseParameters
+from llmir_jax.memory import give_back
 
 LARGE = 32 << 20
 """Bytes of a parameter as floats from which on it is multiplied with in parts."""
-PART = 16 << 20
+PART = 4 << 20
 """Bytes of such a part."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -179,19 +180,21 @@ class PlainForward:
         return results
 
     def _product(self, product: _LargeProduct, env: dict[Any, Any]) -> Any:
+        give_back()  # what compiling the pieces before has left
         eqn, index = product.eqn, product.index
         left = self._read(eqn.invars[0], env)
         axis = self._parameters.row_axis(index)
         assert axis is not None
         (var,) = (var for var, at in self._index.items() if at == index)
         total = var.aval.shape[axis]
+        results: np.ndarray[Any, Any] = np.empty(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
         step = max(1, PART * total // self._parameters.nbytes(index))
         step = max(16, step // 16 * 16)  # rows of native code's tiles
-        parts = []
         for start in range(0, total, step):
-            some = self._parameters.span(index, start, min(start + step, total))
-            parts.append(np.asarray(self._multiply(eqn, product.axes, some)(left, some.arrays)))
-        return jnp.asarray(np.concatenate(parts, -1))
+            stop = min(start + step, total)
+            some = self._parameters.span(index, start, stop)
+            results[..., start:stop] = np.asarray(self._multiply(eqn, product.axes, some)(left, some.arrays))
+        return jnp.asarray(results)
 
     def _multiply(self, eqn: Any, axes: tuple[int, ...], some: Dense) -> Callable[..., Any]:
         key = (id(eqn), some.key)
