@@ -69,7 +69,7 @@ def step_cost(
             heads, dim = shape_of(op.q)[-2:]
             pair += heads * (dim + shape_of(op.results[0])[-1])
             continue
-        num_multiply_adds = _multiply_adds(op)
+        num_multiply_adds = multiply_adds(op)
         if num_multiply_adds and length in shape_of(op.results[0]):
             token += num_multiply_adds // length
         else:
@@ -83,7 +83,7 @@ def step_cost(
     )
 
 
-def _multiply_adds(op: Operation) -> int:
+def multiply_adds(op: Operation) -> int:
     """Of a matrix product; 0 for other operations."""
     if isinstance(op, stablehlo.DotGeneralOp):
         over = ints(op.dot_dimension_numbers.lhs_contracting_dimensions)

@@ -204,7 +204,9 @@ def import_compiler() -> None:
 
     import llmir_jax.decoder
     import llmir_jax.load  # noqa: F401
+    from llmir_jax.memory import keep_little
 
+    keep_little()
     keep_compilations(jax)
 
 

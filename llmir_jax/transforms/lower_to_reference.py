@@ -20,6 +20,7 @@ from xdsl.dialects import func
 from xdsl.dialects.builtin import ArrayAttr, DictionaryAttr, ModuleOp, TensorType, i32
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.passes import ModulePass
+from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.dense import dtype_element_type, element_dtype
 from llmir_jax.dialects import llm
@@ -197,6 +198,21 @@ class _Lowering:
             old.replace_all_uses_with(new)
         self.lowered.append(op)
 
+    def lower_custom_call(self, op: stablehlo.CustomCallOp) -> None:
+        """Give a call the parts of its composite operands and results."""
+        if not any(map(_is_composite, (*op.operand_types, *op.result_types))):
+            return
+        call = stablehlo.CustomCallOp.create(
+            operands=self.flat(op.operands),
+            result_types=_part_types(op.result_types),
+            properties=op.properties,
+            attributes=op.attributes,
+        )
+        block = op.parent_block()
+        assert block is not None
+        block.insert_op_before(call, op)
+        self._replace(op, call.results)
+
     def finish(self) -> None:
         """Remove what was lowered; InvalidIRError if an op that is no llm op reads a composite value."""
         for op in reversed(self.lowered):
@@ -329,6 +345,8 @@ class LowerToReferencePass(ModulePass):
             for inner in list(function.body.walk()):
                 if inner.dialect_name() == llm.LLM.name:
                     lowering.lower(inner)
+                elif isinstance(inner, stablehlo.CustomCallOp):
+                    lowering.lower_custom_call(inner)
             lowering.expand_results(function)
         lowering.finish()
         for function in functions:

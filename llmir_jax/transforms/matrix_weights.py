@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from xdsl.context import Context
-from xdsl.dialects.builtin import ArrayAttr, BoolAttr, IntegerAttr, ModuleOp, StringAttr, TensorType, f32, i64
+from xdsl.dialects.builtin import ArrayAttr, BoolAttr, IntegerAttr, ModuleOp, StringAttr, TensorType, i64
 from xdsl.dialects.func import FuncOp
-from xdsl.ir import Attribute, BlockArgument, SSAValue
+from xdsl.ir import Attribute, BlockArgument, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 from xdsl.transforms.dead_code_elimination import dce
@@ -28,9 +28,10 @@ from xdsl_jax.dialects import stablehlo
 from llmir_jax.analysis.align import LENGTH, main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.dialects import llm, stablehlo_ext
-from llmir_jax.dialects.build import OpBuilder, dense_i64, dtype_of, shape_of, tensor, type_of
+from llmir_jax.dialects.build import OpBuilder, dense_i64, shape_of, tensor, type_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.transforms import signature
+from llmir_jax.transforms.matching import precision
 from llmir_jax.transforms.quantized_operation_fusion import argument_parts
 from llmir_jax.transforms.weight_quantization import COLUMNS, OFFSET, PARTS, ROWS, WeightUse, find_uses
 
@@ -70,9 +71,9 @@ def _activation(builder: OpBuilder, name: str, x: SSAValue) -> SSAValue:
 
 
 def split_gated_mlps(main: FuncOp) -> None:
-    """Gated MLPs of float32 as linear layers and elementwise operations, in place."""
+    """Gated MLPs as linear layers and elementwise operations, in place."""
     for op in list(main.body.block.ops):
-        if not isinstance(op, llm.GatedMLPOp) or dtype_of(op.x).name != "float32":
+        if not isinstance(op, llm.GatedMLPOp):
             continue
         builder = OpBuilder(op)
         width = shape_of(op.gate_w)[0 if bool_of(op.transpose_gate) else 1]
@@ -99,35 +100,43 @@ def _split_bias(op: llm.LinearOp) -> None:
     Rewriter.erase_op(op)
 
 
-def _add_argument(main: FuncOp, parameter: BlockArgument, matrix: StoredMatrix) -> BlockArgument:
+def _add_argument(main: FuncOp, parameter: BlockArgument, matrix: StoredMatrix, element: Attribute) -> BlockArgument:
     attributes = signature.argument_attributes(main)
     entry = dict(attributes[parameter.index])
     entry[OFFSET] = IntegerAttr(matrix.offset, i64)
     for name, dims in ((ROWS, matrix.rows), (COLUMNS, matrix.columns)):
         entry[name] = dense_i64([number for axis in dims for number in axis])
-    arg = main.body.block.insert_arg(tensor(matrix.shape, f32), parameter.index)
+    arg = main.body.block.insert_arg(tensor(matrix.shape, element), parameter.index)
     attributes.insert(arg.index, entry)
     signature.store(main, attributes)
     return arg
 
 
 def _extract(main: FuncOp, parameter: BlockArgument, uses: Sequence[WeightUse]) -> None:
-    arguments: dict[StoredMatrix, BlockArgument] = {}
+    arguments: dict[tuple[StoredMatrix, Attribute], BlockArgument] = {}
     for use in uses:
-        if use.matrix not in arguments:
-            arguments[use.matrix] = _add_argument(main, parameter, use.matrix)
-        use.replace(arguments[use.matrix])
+        key = use.matrix, _element_of(use.op)
+        if key not in arguments:
+            arguments[key] = _add_argument(main, parameter, *key)
+        use.replace(arguments[key])
+
+
+def _element_of(op: Operation) -> Attribute:
+    """Of the floats that an operation multiplies, or looks up: the parameter may be kept in others."""
+    value = op.x if isinstance(op, llm.LinearOp) else op.operands[0]
+    element: Attribute = type_of(value).get_element_type()
+    return element
 
 
 def extract_matrices(module: ModuleOp) -> None:
-    """Give every float32 matrix that a linear layer reads an argument of its own, in place."""
+    """Give every matrix of floats that a linear layer reads an argument of its own, in place."""
     main = main_function(module)
     tokens = next(iter(signature.arguments(main, "tokens")), None)
     for parameter, _ in signature.parameter_paths(main):
-        if not isinstance(parameter.type, TensorType) or dtype_of(parameter).name != "float32":
+        if not isinstance(parameter.type, TensorType) or precision(parameter.type) is None:
             continue
         found = find_uses(parameter, tokens)
-        uses = [use for use in found if isinstance(use, WeightUse) and dtype_of(use.op.results[0]).name == "float32"]
+        uses = [use for use in found if isinstance(use, WeightUse)]
         products = [use for use in uses if isinstance(use.op, llm.LinearOp | stablehlo.DotGeneralOp)]
         if products:
             _extract(main, parameter, uses if len(uses) == len(found) else products)
@@ -178,7 +187,9 @@ def _merge(main: FuncOp, ops: list[llm.LinearOp]) -> None:
     assert isinstance(first.w, BlockArgument)
     sizes = [shape_of(op.output)[-1] for op in ops]
     kind = type_of(first.output)
-    merged = main.body.block.insert_arg(tensor((sum(sizes), shape_of(first.w)[1]), f32), first.w.index)
+    merged = main.body.block.insert_arg(
+        tensor((sum(sizes), shape_of(first.w)[1]), type_of(first.w).get_element_type()), first.w.index
+    )
     attributes.insert(merged.index, {signature.PATH: StringAttr("+".join(paths)), PARTS: ArrayAttr(parts)})
     signature.store(main, attributes)
     builder = OpBuilder(first)
@@ -206,7 +217,7 @@ class MatrixWeightsPass(ModulePass):
         main = main_function(op)
         split_gated_mlps(main)
         for linear in list(main.body.block.ops):
-            if isinstance(linear, llm.LinearOp) and dtype_of(linear.output).name == "float32":
+            if isinstance(linear, llm.LinearOp):
                 _split_bias(linear)
         extract_matrices(op)
         merge_linears(op)

@@ -7,20 +7,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.parser import IRParser
-from llmir_jax.interop import call_module, make_context
+from llmir_jax.interop import call_module, lower_to_module, make_context
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.ffi import handler_ir
 from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.llvm import Compiled, assembly
-from llmir_jax.targets.cpu.plan import Planner, reasons
+from llmir_jax.targets.cpu.plan import Planner
+from llmir_jax.targets.cpu.support import reasons
 from llmir_jax.targets.cpu.team import team
 from llmir_jax.targets.cpu.weights import arrange
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.inline_calls import inline_calls
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
 from llmir_jax.transforms.matrix_weights import MatrixWeightsPass
 
@@ -62,6 +65,15 @@ def parse(text: str) -> ModuleOp:
     return module
 
 
+def of(fn, *arrays):
+    """A JAX function as a module whose arguments are inputs of a step."""
+    module = lower_to_module(jax.jit(fn, keep_unused=True), *arrays)
+    inline_calls(module)
+    main = main_function(module)
+    signature.store(main, [{signature.ROLE: StringAttr(f"input {i}")} for i in range(len(arrays))])
+    return module
+
+
 def run_reference(module: ModuleOp, values: Sequence[Any]) -> list[np.ndarray]:
     """Results of @main, for a value of each of its arguments."""
     lowered = module.clone()
@@ -94,7 +106,7 @@ def run_native(
     num_results = planner.num_results + 1
     code = Compiled(plan.text + handler_ir(planner.num_operands, num_results) + _RUN, host)
     parameters = {place.argument for place in arrangement.places}
-    packed = arrangement.fill(v for i, v in enumerate(values) if i in parameters)
+    packed, _ = arrangement.fill(v for i, v in enumerate(values) if i in parameters)
     buffers = [Guarded(np.asarray(packed))]
     for i, value in enumerate(values):
         if i not in parameters:
@@ -140,4 +152,4 @@ def with_matrices(module: ModuleOp) -> ModuleOp:
     return module
 
 
-__all__ = ["Guarded", "native_assembly", "parse", "run_native", "run_reference", "with_matrices"]
+__all__ = ["Guarded", "native_assembly", "of", "parse", "run_native", "run_reference", "with_matrices"]

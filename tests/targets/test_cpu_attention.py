@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cpu_harness import native_assembly, parse, run_native, run_reference
@@ -21,12 +22,13 @@ class Case:
     padding: int = 0
     attributes: str = ""
     slopes: bool = False
-    int8: bool = False
+    bits: int | None = None  # of pages of integers
+    dtype: str = "float32"  # of the pages
 
     @property
     def name(self) -> str:
         sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}"
-        return f"{sizes}{self.attributes}{'-int8' * self.int8}"
+        return f"{sizes}{self.attributes}-int{self.bits}-{self.dtype}"
 
 
 CASES = [
@@ -42,10 +44,16 @@ CASES = [
     Case(tokens=(2, 1, 5), slopes=True, attributes=", softcap = 5.0 : f32, window = 30 : i64"),
     Case(tokens=(1, 3), before=(2, 6), attributes=", causal = false"),
     Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(1, 2, 0)),
-    Case(int8=True, tokens=(3, 1, 2)),
-    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), int8=True, padding=1),
-    Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), int8=True),
+    Case(bits=8, tokens=(3, 1, 2)),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), bits=8, padding=1),
+    Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), bits=8),
+    Case(bits=4, tokens=(3, 1, 2), before=(5, 0, 40)),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), bits=4, padding=1),
+    Case(heads=2, kv_heads=2, dim=10, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), bits=4),
     Case(tokens=(0, 0), before=(4, 4), padding=2),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), dtype="bfloat16"),
+    Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(1, 2, 0), dtype="bfloat16"),
+    Case(tokens=(3, 1, 2), dtype="float16", attributes=", window = 7 : i64"),
 ]
 
 
@@ -76,13 +84,20 @@ def build(case: Case, seed: int):
     kinds, values = {}, []
     for name, array in arrays.items():
         is_int = name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens")
-        values.append(array.astype(np.int32 if is_int else np.float32))
-        kinds[name] = f"tensor<{''.join(f'{n}x' for n in array.shape)}{'i32' if is_int else 'f32'}>"
-        if case.int8 and name.endswith("_pages"):
-            integers = rng.integers(-127, 128, array.shape).astype(np.int8)
-            values[-1] = (integers, rng.random(size=(*array.shape[:-1], 1)).astype(np.float16) / 64)
+        dtype = case.dtype if name.endswith("_pages") else "int32" if is_int else "float32"
+        values.append(array.astype(jnp.dtype(dtype)))
+        element = {"int32": "i32", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+        kinds[name] = f"tensor<{''.join(f'{n}x' for n in array.shape)}{element}>"
+        if case.bits is not None and name.endswith("_pages"):
             sizes = "x".join(map(str, array.shape))
-            kinds[name] = f"!llm.quantized_tensor<{sizes}xi8, scale=f16, symmetric=true>"
+            scales = rng.random(size=(*array.shape[:-1], 1)).astype(np.float16) / 64
+            if case.bits == 8:
+                values[-1] = rng.integers(-127, 128, array.shape).astype(np.int8), scales
+                kinds[name] = f"!llm.quantized_tensor<{sizes}xi8, scale=f16, symmetric=true>"
+                continue
+            packed = rng.integers(0, 256, (*array.shape[:-1], array.shape[-1] // 2)).astype(np.uint8)
+            values[-1] = packed, scales, rng.normal(size=scales.shape).astype(np.float16)
+            kinds[name] = f"!llm.quantized_tensor<{sizes}xi4, scale=f16, min=f16>"
     arguments = ", ".join(f'%{name}: {kind} {{llmir.role = "{name}"}}' for name, kind in kinds.items())
     pages = f"{kinds['k_pages']}, {kinds['v_pages']}"
     ints = ", ".join(kinds[name] for name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens"))

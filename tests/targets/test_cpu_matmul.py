@@ -1,12 +1,20 @@
 """Products with packed weights by every instruction set, against their reference, of odd shapes between guard pages."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cpu_harness import native_assembly, parse, run_native, run_reference
 
 from llmir_jax.quantization import parse_scheme, quantize
 from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host, make_host, this_host
-from llmir_jax.targets.cpu.layout import pack_weight, packed_format, unpack_weight
+from llmir_jax.targets.cpu.layout import (
+    float_format,
+    pack_floats,
+    pack_weight,
+    packed_format,
+    unpack_floats,
+    unpack_weight,
+)
 
 # scheme, N, K, tokens, group of 8-bit activations (None: floats)
 CASES = [
@@ -86,21 +94,38 @@ def test_compiles_for(name: str) -> None:
     assert instruction in native_assembly(module, KNOWN_HOSTS[name])
 
 
-@pytest.mark.parametrize("rows", [1, 5, 13])
+ELEMENTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 50), (5, 97, 51), (13, 16, 64)], ids=str)
+@pytest.mark.parametrize("dtype", ELEMENTS)
 @pytest.mark.parametrize("host", hosts(), ids=lambda host: host.dot)
-def test_float_matmul(rows: int, host: Host) -> None:
+def test_float_matmul(rows: int, n: int, k: int, dtype: str, host: Host) -> None:
+    if dtype == "float16" and not host.has_half:
+        pytest.skip("a machine without float16 instructions leaves such products to XLA")
     rng = np.random.default_rng()
-    n, k = 37, 50
-    text = f"""func.func @main(%w: tensor<{n}x{k}xf32> {{llmir.path = "w"}},
-        %x: tensor<{rows}x{k}xf32> {{llmir.role = "x"}}) -> tensor<{rows}x{n}xf32> {{
+    element = ELEMENTS[dtype]
+    text = f"""func.func @main(%w: tensor<{n}x{k}x{element}> {{llmir.path = "w"}},
+        %x: tensor<{rows}x{k}x{element}> {{llmir.role = "x"}}) -> tensor<{rows}x{n}x{element}> {{
       %y = llm.linear %x, %w {{transpose_w = true}}
-        : (tensor<{rows}x{k}xf32>, tensor<{n}x{k}xf32>) -> tensor<{rows}x{n}xf32>
-      func.return %y : tensor<{rows}x{n}xf32>
+        : (tensor<{rows}x{k}x{element}>, tensor<{n}x{k}x{element}>) -> tensor<{rows}x{n}x{element}>
+      func.return %y : tensor<{rows}x{n}x{element}>
     }}"""
     module = parse(text)
-    values = [rng.normal(size=(n, k)).astype(np.float32), rng.normal(size=(rows, k)).astype(np.float32)]
+    values = [rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in ((n, k), (rows, k))]
     (expected,), (got,) = run_reference(module, values), run_native(module, values, host=host)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    error = 1e-5 if dtype == "float32" else float(jnp.finfo(dtype).eps)
+    expected, got = expected.astype(np.float32), got.astype(np.float32)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=error * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_float_layout_round_trip(dtype: str) -> None:
+    matrix = np.random.default_rng().normal(size=(21, 35)).astype(jnp.dtype(dtype))
+    layout = float_format(21, 35, matrix.dtype)
+    packed = pack_floats(matrix, layout)
+    assert packed.nbytes == layout.nbytes
+    np.testing.assert_array_equal(np.asarray(unpack_floats(jnp.asarray(packed), layout)), matrix)
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32-min", "int4-g32", "int4-g32-zp", "int8-g32", "int8-channel"])

@@ -4,25 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cpu_harness import native_assembly, parse, run_native, run_reference, with_matrices
-from xdsl.dialects.builtin import StringAttr
+from cpu_harness import native_assembly, of, parse, run_native, run_reference, with_matrices
 
 from llmir_jax.analysis.align import main_function
-from llmir_jax.interop import lower_to_module
 from llmir_jax.targets.cpu.host import KNOWN_HOSTS
-from llmir_jax.targets.cpu.plan import reasons
-from llmir_jax.transforms import signature
-from llmir_jax.transforms.inline_calls import inline_calls
-
-
-def of(fn, *arrays):
-    """A JAX function as a module whose arguments are inputs of a step."""
-    module = lower_to_module(jax.jit(fn, keep_unused=True), *arrays)
-    inline_calls(module)
-    main = main_function(module)
-    signature.store(main, [{signature.ROLE: StringAttr(f"input {i}")} for i in range(len(arrays))])
-    return module
-
+from llmir_jax.targets.cpu.support import reasons
 
 FUNCTIONS = {
     "exp": lambda x, y, i: jnp.exp(x * 20),

@@ -1,8 +1,10 @@
 """The CPU target: a whole step as one native function, generated as LLVM IR and called through XLA's FFI.
 
-plan.py            which values are stored, phases, barriers, memory; the main function
-expressions.py     any region of elementwise and layout operations as the body of a loop
-loops.py           loops: storing, reductions, norms, pages, rounding of activations
+support.py         which operations have native code
+plan.py            which values are stored, what makes them; attached.py: what is done where a product is computed
+schedule.py        order, barriers, memory; the main function
+expressions.py     any region of elementwise and layout operations as the body of a loop; elementwise.py: instructions
+loops.py rows.py   loops: storing, reductions, norms; pages.py activations.py: pages, rounding of activations
 matmul.py          products with packed weights
 attention.py       attention to pages in place
 index.py elementary.py index maps; exp, tanh, sin …

@@ -20,12 +20,13 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
 from llmir_jax.targets.cpu import elementary
+from llmir_jax.targets.cpu.elementwise import FLOATS
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
+from llmir_jax.targets.cpu.halves import half_to_float, widen
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
-from llmir_jax.targets.cpu.matmul import half_to_float
 
 MAX_HEADS = 4
 """M: query heads whose sums stay in registers beside each other."""
@@ -117,11 +118,11 @@ class _Attention:
         self.f = self.kernel.f
         self.id, self.n = (self.kernel.number(name) for name in ("id", "n"))
         self.q, self.output = self.kernel.pointer(q), self.kernel.pointer(output)
-        self.keys, self.values = self.kernel.pointer(k_pages), self.kernel.pointer(v_pages)
         self.k_scales, self.v_scales = (
-            None if pages.scales is None else self.kernel.pointer(pages.scales) for pages in (k_pages, v_pages)
+            None if pages.scales is None or pages.minima is not None else self.kernel.pointer(pages.scales)
+            for pages in (k_pages, v_pages)
         )
-        self.k_bytes, self.v_bytes = k_pages.width, v_pages.width
+        self.k_pages, self.v_pages = k_pages, v_pages
         self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
         self.page_size = k_pages.shape[1]
         self.lanes = module.host.lanes
@@ -424,12 +425,44 @@ class _Attention:
             found.append(f.load("half", scales, place, align=2))
         return half_to_float(f, f.join(found))
 
-    def _load(self, width: int, base: Value, offset: int, size: int) -> Value:
-        """Keys or values as floats: `offset` elements of `size` bytes after `base`."""
-        if size == 4:
-            return self.f.load(vector("float", width), base, 4 * offset, align=4)
-        integers = self.f.load(vector("i8", width), base, offset, align=1)
-        return self.f.cast("sitofp", self.f.cast("sext", integers, "i32"), "float")
+    def _row(self, pages: Buffer, row: Number, kv_head: Number, dim: int, width: int) -> list[Value]:
+        """A key or a value of a head as floats, in vectors; those of 8 bits without their scale."""
+        f = self.f
+        place = f.add(f.mul(row, self.shape.num_kv_heads), kv_head)
+        base = f.at(self.kernel.pointer(pages), f.mul(place, pages.width * pages.shape[-1]))
+        if pages.minima is not None:
+            scale, minimum = (
+                half_to_float(f, f.load("half", self.kernel.pointer(side), f.mul(place, 2), align=2))
+                for side in pages.parts[1:]
+            )
+            return [
+                f.fma(self._nibbles(base, at, width), f.splat(scale, width), f.splat(minimum, width))
+                for at in range(0, dim, width)
+            ]
+        found = [
+            f.load(vector(pages.element, width), base, pages.width * at, align=pages.width)
+            for at in range(0, dim, width)
+        ]
+        if pages.element == "i8":
+            return [f.cast("sitofp", f.cast("sext", x, "i32"), "float") for x in found]
+        return [widen(f, x) for x in found]
+
+    def _nibbles(self, base: Value, at: int, width: int) -> Value:
+        """Elements [at, at + width) of 4 bits, two a byte, the first in the low bits; as floats."""
+        f = self.f
+        if width == 1:
+            byte = f.cast("zext", f.load("i8", base, at // 2), "i32")
+            shifted = f.binary("lshr", byte, constant("i32", 4 * (at % 2)))
+            return f.cast("sitofp", f.binary("and", shifted, constant("i32", 15)), "float")
+        half = width // 2
+        raw = f.load(vector("i8", half), base, at // 2)
+        low = f.binary("and", raw, constant("i8", 15, half))
+        high = f.binary("lshr", raw, constant("i8", 4, half))
+        if half == 1:
+            both = f.join([low, high])
+        else:
+            both = f.shuffle(low, high, [i // 2 + half * (i % 2) for i in range(width)])
+        return f.cast("sitofp", f.cast("zext", both, "i32"), "float")
 
     def _bias(self, h: int, head0: Number, numbers: Value, position: Value) -> Value:
         f = self.f
@@ -446,14 +479,10 @@ class _Attention:
         """q · k for each head: a vector of the block's keys."""
         f, shape, width = self.f, self.shape, self.k_width
         kind = vector("float", width)
-        count = shape.head_dim // width
         partial: list[list[Value]] = [[] for _ in range(shape.heads)]
         for row in rows:
-            place = f.add(f.mul(row, shape.num_kv_heads), kv_head)
-            base = f.at(self.keys, f.mul(place, self.k_bytes * shape.head_dim))
             totals: list[Value | None] = [None] * shape.heads
-            for i in range(count):
-                key = self._load(width, base, width * i, self.k_bytes)
+            for i, key in enumerate(self._row(self.k_pages, row, kv_head, shape.head_dim, width)):
                 for h in range(shape.heads):
                     query = f.load(kind, q, 4 * (h * shape.head_dim + width * i), align=4)
                     total = totals[h]
@@ -488,9 +517,7 @@ class _Attention:
 
         def one(i: Value, carried: list[Value]) -> list[Value]:
             row = f.add(rows[0], i) if table is None else f.load("i64", table, f.mul(i, 8), align=8)
-            place = f.add(f.mul(row, shape.num_kv_heads), kv_head)
-            base = f.at(self.values, f.mul(place, self.v_bytes * shape.value_dim))
-            loaded = [self._load(width, base, width * v, self.v_bytes) for v in range(vectors)]
+            loaded = self._row(self.v_pages, row, kv_head, shape.value_dim, width)
             result = []
             for h in range(shape.heads):
                 weight = f.load("float", weights_at, f.add(f.mul(i, 4), 4 * self.block * h), align=4)
@@ -521,9 +548,13 @@ def attention_kernel(
 def pages_reason(kind: Attribute, host: Host) -> str | None:
     """Why pages of a type are not read and written natively."""
     if not isinstance(kind, llm.QuantizedTensorType):
-        return None if dtype_name(kind) == "float32" else f"of a cache of {dtype_name(kind)}"
-    if not kind.is_symmetric or kind.integer_type.width.data != 8 or str(kind.scale_type) != "f16":
-        return f"of a cache of {kind.integer_type.width.data} bits"
+        if dtype_name(kind) == "float16" and not host.has_half:
+            return "of a float16 cache on a machine without float16 instructions"
+        return None if dtype_name(kind) in FLOATS else f"of a cache of {dtype_name(kind)}"
+    bits = kind.integer_type.width.data
+    is_known = kind.is_symmetric if bits == 8 else bits == 4 and str(kind.min_type) == "f16"
+    if not is_known or str(kind.scale_type) != "f16":
+        return f"of a cache of {kind}"
     return None if host.has_half else "of a quantized cache on a machine without float16 instructions"
 
 

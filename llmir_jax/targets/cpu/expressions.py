@@ -16,21 +16,25 @@ from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import location
 from llmir_jax.dense import dense_to_numpy
-from llmir_jax.dialects import llm, stablehlo_ext
-from llmir_jax.dialects.build import dtype_of, ints, scalar_constant, shape_of, splat_of
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import dtype_of, ints, shape_of, splat_of
 from llmir_jax.dialects.llm.common import bool_of, float_of
 from llmir_jax.interop import op_name
-from llmir_jax.targets.cpu import elementary
+from llmir_jax.targets.cpu.elementwise import (
+    ELEMENTS,
+    STORED_ONLY,
+    elementwise,
+    elementwise_reason,
+    is_float,
+    loaded,
+    memory_element,
+    rounded,
+)
+from llmir_jax.targets.cpu.halves import WIDTHS, widen
+from llmir_jax.targets.cpu.host import this_host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, linear, unravel
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat
-from llmir_jax.targets.cpu.llvm import Function, Number, Value, constant, constants, element_of, lanes_of, vector
-
-ELEMENTS = {"float32": "float", "int32": "i32", "uint32": "i32", "int64": "i64", "bool": "i1"}
-"""LLVM types that values are computed in, by dtype."""
-
-
-_WIDTHS = {"float": 4, "half": 2, "i32": 4, "i64": 8, "i8": 1}
-"""Bytes of an element in memory."""
+from llmir_jax.targets.cpu.llvm import Function, Number, Value, constant, constants, element_of, vector
 
 
 class NotAVector(Exception):
@@ -47,7 +51,13 @@ class Buffer:
     nbytes: int
     place: str = "scratch"  # or "argument", "result", "weights", "private" (one for each thread)
     offset: int = 0  # number of the argument or result, else bytes
-    scales: "Buffer | None" = None  # of pages in 8 bits: float16 [pages, page size, heads, 1]
+    scales: "Buffer | None" = None  # of pages of integers: float16 [pages, page size, heads, 1]
+    minima: "Buffer | None" = None  # of pages of 4 bits, two elements a byte: the same
+
+    @property
+    def parts(self) -> "list[Buffer]":
+        """The arrays that hold pages."""
+        return [part for part in (self, self.scales, self.minima) if part is not None]
 
     @staticmethod
     def of(shape: Sequence[int], element: str, *, row_stride: int | None = None, place: str = "scratch") -> "Buffer":
@@ -57,7 +67,7 @@ class Buffer:
         for d, size in enumerate(reversed(shape)):
             strides.append(stride)
             stride *= row_stride if d == 0 and row_stride is not None else size
-        width = _WIDTHS[element]
+        width = WIDTHS[element]
         return Buffer(
             shape=tuple(shape), element=element, strides=tuple(reversed(strides)), nbytes=stride * width, place=place
         )
@@ -65,13 +75,12 @@ class Buffer:
     @property
     def width(self) -> int:
         """Bytes of an element."""
-        return _WIDTHS[self.element]
+        return WIDTHS[self.element]
 
 
-def memory_element(dtype: np.dtype[Any]) -> str:
-    """LLVM type of a dtype in memory."""
-    element = ELEMENTS[dtype.name]
-    return "i8" if element == "i1" else element
+def scratch_element(dtype: np.dtype[Any]) -> str:
+    """LLVM type of a dtype in memory of the step's own: floats keep all digits."""
+    return "float" if is_float(dtype) else memory_element(dtype)
 
 
 @dataclass(kw_only=True)
@@ -170,10 +179,12 @@ class Evaluator:
             buffer = self.stored.buffers[value]
             if value in self.stored.formats:
                 n, k = indices
-                tile = (n // ROWS) * (ROWS * self.stored.formats[value].num_columns)
-                return self.load(buffer, [tile + k * ROWS + n % ROWS])
-            loaded = self.load(buffer, indices)
-            return self.f.cast("trunc", loaded, "i1") if buffer.element == "i8" else loaded
+                layout = self.stored.formats[value]
+                tile, together = (n // ROWS) * (ROWS * layout.padded_block), layout.columns_together
+                column = (k // together) * (together * ROWS) + k % together
+                place = tile + column + (n % ROWS) * together
+                return loaded(self.f, self.load(buffer, [place]), dtype_of(value))
+            return loaded(self.f, self.load(buffer, indices), dtype_of(value))
         assert not isinstance(value, BlockArgument), value
         op = value.owner
         assert isinstance(op, Operation)
@@ -199,8 +210,8 @@ class Evaluator:
         base = self.f.module.data(array.tobytes())
         offset = self.f.mul(place.emit(self.f, self.variables), array.dtype.itemsize)
         lanes = self.lanes if step == 1 else 1
-        loaded = self.f.splat(self.f.load(vector(memory, lanes), base, offset), self.lanes if step == 0 else 1)
-        return self.f.cast("trunc", loaded, "i1") if element == "i1" else loaded
+        found = loaded(self.f, self.f.load(vector(memory, lanes), base, offset), array.dtype)
+        return self.f.splat(found, self.lanes if step == 0 else 1)
 
     def number(self, index: Index) -> Value:
         """An index as i64 lanes."""
@@ -214,9 +225,10 @@ class Evaluator:
 
     def _iota(self, op: stablehlo.IotaOp, indices: list[Index]) -> Value:
         number = self.number(indices[op.iota_dimension.value.data])
-        element = ELEMENTS[dtype_of(op.results[0]).name]
+        dtype = dtype_of(op.results[0])
+        element = ELEMENTS[dtype.name]
         if element == "float":
-            return self.f.cast("sitofp", number, element)
+            return rounded(self.f, self.f.cast("sitofp", number, element), dtype)
         return number if element == "i64" else self.f.cast("trunc", number, element)
 
     def _dynamic(self, ids: SSAValue, indices: list[Index], size: int) -> Index:
@@ -265,8 +277,7 @@ class Evaluator:
 
         def side(number: int) -> Value:
             at = start + i * width + (layout.value_bytes + number * layout.side_bytes)
-            loaded = f.load(layout.side, base, at.emit(f, variables), align=width)
-            return loaded if layout.side == "float" else f.cast("fpext", loaded, "float")
+            return widen(f, f.load(layout.side, base, at.emit(f, variables), align=width))
 
         scaled = f.binary("fmul", u, side(0))
         return f.binary("fadd", scaled, side(1)) if layout.has_minima else scaled
@@ -347,219 +358,33 @@ def _through(op: Operation, indices: list[Index]) -> list[Index]:
     return [index * stride + start for index, start, stride in zip(indices, starts, strides, strict=True)]
 
 
-# -- elementwise operations --------------------------------------------------------------------------------------------
-
-
-def _negate(f: Function, x: Value) -> Value:
-    if element_of(x.type) == "float":
-        return f.emit(x.type, f"fneg {x.type} {x.ref}")
-    return f.emit(x.type, f"sub {x.type} zeroinitializer, {x.ref}" if x.type[0] == "<" else f"sub {x.type} 0, {x.ref}")
-
-
-def _like(x: Value, value: float) -> Value:
-    return constant(element_of(x.type), value, lanes_of(x.type))
-
-
-def _rsqrt(f: Function, x: Value) -> Value:
-    return f.binary("fdiv", _like(x, 1.0), f.overloaded("llvm.sqrt", [x]))
-
-
-def _sign(f: Function, x: Value) -> Value:
-    if element_of(x.type) != "float":
-        negative = f.select(f.compare("slt", x, _like(x, 0)), _like(x, -1), _like(x, 0))
-        return f.select(f.compare("sgt", x, _like(x, 0)), _like(x, 1), negative)
-    one = f.overloaded("llvm.copysign", [_like(x, 1.0), x])
-    return f.select(f.fcompare("one", x, _like(x, 0.0)), one, x)
-
-
-def _expm1(f: Function, x: Value) -> Value:
-    # Kahan: the error of u cancels between (u - 1) and log(u)
-    u = elementary.exp(f, x)
-    less = f.binary("fsub", u, _like(x, 1.0))
-    y = f.binary("fmul", less, f.binary("fdiv", x, elementary.log(f, u)))
-    y = f.select(f.fcompare("oeq", u, _like(x, 1.0)), x, y)
-    y = f.select(f.fcompare("oeq", less, _like(x, -1.0)), less, y)
-    return f.select(f.fcompare("ogt", x, _like(x, 88.0)), u, y)
-
-
-def _log1p(f: Function, x: Value) -> Value:
-    u = f.binary("fadd", x, _like(x, 1.0))
-    y = f.binary("fmul", elementary.log(f, u), f.binary("fdiv", x, f.binary("fsub", u, _like(x, 1.0))))
-    y = f.select(f.fcompare("oeq", u, _like(x, 1.0)), x, y)
-    return f.select(f.fcompare("oeq", x, _like(x, float("inf"))), x, y)
-
-
-def _abs(f: Function, x: Value) -> Value:
-    if element_of(x.type) == "float":
-        return f.overloaded("llvm.fabs", [x])
-    return f.select(f.compare("slt", x, _like(x, 0)), _negate(f, x), x)
-
-
-_UNARY: dict[type[Operation], Callable[[Function, Value], Value]] = {
-    stablehlo.AbsOp: _abs,
-    stablehlo.NegateOp: _negate,
-    stablehlo.ExponentialOp: elementary.exp,
-    stablehlo.ExponentialMinusOneOp: _expm1,
-    stablehlo.LogOp: elementary.log,
-    stablehlo.LogPlusOneOp: _log1p,
-    stablehlo.LogisticOp: elementary.logistic,
-    stablehlo.TanhOp: elementary.tanh,
-    stablehlo.RsqrtOp: _rsqrt,
-    stablehlo.SqrtOp: lambda f, x: f.overloaded("llvm.sqrt", [x]),
-    stablehlo.SineOp: lambda f, x: elementary.sine_or_cosine(f, x, quarter=0),
-    stablehlo.CosineOp: lambda f, x: elementary.sine_or_cosine(f, x, quarter=1),
-    stablehlo.FloorOp: lambda f, x: f.overloaded("llvm.floor", [x]),
-    stablehlo.CeilOp: lambda f, x: f.overloaded("llvm.ceil", [x]),
-    stablehlo.RoundNearestEvenOp: lambda f, x: f.overloaded("llvm.roundeven", [x]),
-    stablehlo.RoundNearestAfzOp: lambda f, x: f.overloaded("llvm.round", [x]),
-    stablehlo.SignOp: _sign,
-    stablehlo.IsFiniteOp: lambda f, x: f.fcompare("olt", f.overloaded("llvm.fabs", [x]), _like(x, float("inf"))),
-    stablehlo.NotOp: lambda f, x: f.binary("xor", x, _like(x, 1 if element_of(x.type) == "i1" else -1)),
-    stablehlo_ext.ErfOp: elementary.erf,
-    stablehlo_ext.ErfcOp: lambda f, x: f.binary("fsub", _like(x, 1.0), elementary.erf(f, x)),
-    stablehlo_ext.SquareOp: lambda f, x: f.binary("fmul", x, x),
-}
-_ANY_NUMBER = (stablehlo.AbsOp, stablehlo.NegateOp, stablehlo.NotOp, stablehlo.SignOp)
-_FLOAT_ONLY = tuple(kind for kind in _UNARY if kind not in _ANY_NUMBER)
-# (of floats, of integers, of booleans)
-_BINARY: dict[type[Operation], tuple[str | None, str | None, str | None]] = {
-    stablehlo.AddOp: ("fadd", "add", "or"),
-    stablehlo.SubtractOp: ("fsub", "sub", None),
-    stablehlo.MultiplyOp: ("fmul", "mul", "and"),
-    stablehlo.DivideOp: ("fdiv", "sdiv", None),
-    stablehlo.RemainderOp: ("frem", "srem", None),
-    stablehlo.MaximumOp: ("llvm.maximum", "llvm.smax", "or"),
-    stablehlo.MinimumOp: ("llvm.minimum", "llvm.smin", "and"),
-    stablehlo.AndOp: (None, "and", "and"),
-    stablehlo.OrOp: (None, "or", "or"),
-    stablehlo.XorOp: (None, "xor", "xor"),
-}
-_PREDICATES = {
-    "EQ": ("oeq", "eq"),
-    "NE": ("une", "ne"),
-    "LT": ("olt", "slt"),
-    "LE": ("ole", "sle"),
-    "GT": ("ogt", "sgt"),
-    "GE": ("oge", "sge"),
-}
-
-
-def elementwise(f: Function, op: Operation, operands: list[Value]) -> Value:
-    """The result of an elementwise operation."""
-    if type(op) in _UNARY:
-        return _UNARY[type(op)](f, operands[0])
-    element = element_of(operands[0].type)
-    if type(op) in _BINARY:
-        name = _BINARY[type(op)][0 if element == "float" else 2 if element == "i1" else 1]
-        assert name is not None
-        if name in ("sdiv", "srem"):
-            return _integer_division(f, name, operands)
-        return f.overloaded(name, operands) if "." in name else f.binary(name, operands[0], operands[1])
-    if isinstance(op, stablehlo.SelectOp):
-        return f.select(*operands)
-    if isinstance(op, stablehlo.CompareOp):
-        predicates = _PREDICATES[op.comparison_direction.data.value]
-        a, b = operands
-        if element == "i1":
-            a, b = (f.cast("zext", x, "i32") for x in operands)
-        return f.fcompare(predicates[0], a, b) if element == "float" else f.compare(predicates[1], a, b)
-    if isinstance(op, stablehlo.ClampOp):
-        low, x, high = operands
-        names = ("llvm.maximum", "llvm.minimum") if element == "float" else ("llvm.smax", "llvm.smin")
-        return f.overloaded(names[1], [f.overloaded(names[0], [x, low]), high])
-    if isinstance(op, stablehlo.PowerOp):
-        return _power(f, op, operands)
-    assert isinstance(op, stablehlo.ConvertOp), op
-    return _convert(f, operands[0], ELEMENTS[dtype_of(op.results[0]).name])
-
-
-def _integer_division(f: Function, name: str, operands: list[Value]) -> Value:
-    """As XLA has it where C has none: x / 0 = -1, x mod 0 = x, and no trap at the least integer by -1."""
-    x, y = operands
-    is_zero, is_minus = f.compare("eq", y, _like(y, 0)), f.compare("eq", y, _like(y, -1))
-    safe = f.select(f.binary("or", is_zero, is_minus), _like(y, 1), y)
-    result = f.binary(name, x, safe)
-    if name == "sdiv":
-        result = f.select(is_minus, _negate(f, x), result)
-        return f.select(is_zero, _like(x, -1), result)
-    result = f.select(is_minus, _like(x, 0), result)
-    return f.select(is_zero, x, result)
-
-
-def _small_power(op: stablehlo.PowerOp) -> int | None:
-    """The exponent, where it is a small whole number."""
-    exponent = scalar_constant(op.operands[1])
-    if exponent is None or not np.isfinite(exponent) or float(exponent) % 1 or not 0 <= float(exponent) <= 8:
-        return None
-    return int(exponent)
-
-
-def _power(f: Function, op: stablehlo.PowerOp, operands: list[Value]) -> Value:
-    exponent = _small_power(op)
-    x = operands[0]
-    if exponent is None:
-        return f.overloaded("llvm.pow", operands)  # the library's, element by element
-    y = _like(x, 1.0)
-    for _ in range(exponent):
-        y = f.binary("fmul", y, x)
-    return y
-
-
-def _convert(f: Function, x: Value, element: str) -> Value:
-    source = element_of(x.type)
-    if source == element:
-        return x
-    if source == "float":
-        if element == "i1":
-            return f.fcompare("une", x, _like(x, 0.0))
-        lanes = lanes_of(x.type)
-        suffix = f"v{lanes}{element}.v{lanes}f32" if lanes > 1 else f"{element}.f32"
-        return f.intrinsic(f"llvm.fptosi.sat.{suffix}", vector(element, lanes), [x])
-    if element == "float":
-        return f.cast("uitofp" if source == "i1" else "sitofp", x, element)
-    if element == "i1":
-        return f.compare("ne", x, _like(x, 0))
-    order = ["i1", "i32", "i64"]
-    if order.index(element) < order.index(source):
-        return f.cast("trunc", x, element)
-    return f.cast("zext" if source == "i1" else "sext", x, element)
-
-
 def unsupported_reason(op: Operation) -> str | None:
     """Why an operation cannot be part of a region of elementwise operations; None if it can."""
     for value in (*op.operands, *op.results):
-        if isinstance(value.type, TensorType) and dtype_of(value).name not in ELEMENTS:
-            return f"{op_name(op)} at {location(op)}: {dtype_of(value).name} is not computed natively yet"
-        if isinstance(value.type, TensorType) and dtype_of(value).name in ("uint32", "int64") and not is_cheap(op):
-            return f"{op_name(op)} at {location(op)}: {dtype_of(value).name} is not computed natively yet"
+        if not isinstance(value.type, TensorType):
+            continue
+        name = dtype_of(value).name
+        if name not in ELEMENTS or (name in STORED_ONLY and not is_cheap(op)):
+            return f"{op_name(op)} at {location(op)}: {name} is not computed natively yet"
+        if name == "float16" and not this_host().has_half:
+            return f"{op_name(op)} at {location(op)}: float16 on a machine without float16 instructions"
     if isinstance(op, stablehlo.GatherOp):
         return None if row_gather(op) is not None else f"{op_name(op)} at {location(op)}: takes no whole rows"
     if type(op) in _HANDLERS or isinstance(op, _VIEWS):
         return None
-    kind = "float32" if not op.operands else dtype_of(op.operands[0]).name
-    if type(op) in _FLOAT_ONLY and kind != "float32":
-        return f"{op_name(op)} at {location(op)}: of {kind}"
-    if type(op) in _BINARY:
-        name = _BINARY[type(op)][{"float32": 0, "bool": 2}.get(kind, 1)]
-        return None if name is not None else f"{op_name(op)} at {location(op)}: of {kind}"
-    if isinstance(op, stablehlo.PowerOp):
-        return None if kind == "float32" else f"{op_name(op)} at {location(op)}: of {kind}"
-    if type(op) in _UNARY or isinstance(
-        op, stablehlo.SelectOp | stablehlo.CompareOp | stablehlo.ClampOp | stablehlo.ConvertOp
-    ):
-        return None
-    return f"{op_name(op)} at {location(op)}"
+    reason = elementwise_reason(op)
+    where = f"{op_name(op)} at {location(op)}"
+    return f"{where}: {reason}" if reason else None if reason is None else where
 
 
 __all__ = [
-    "ELEMENTS",
     "Buffer",
     "Evaluator",
     "NotAVector",
     "Stored",
-    "elementwise",
     "is_cheap",
     "memory_element",
     "row_gather",
+    "scratch_element",
     "unsupported_reason",
 ]

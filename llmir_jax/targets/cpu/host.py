@@ -27,6 +27,7 @@ class Host:
     dot: Dot
     has_fma: bool
     has_half: bool  # conversion between float16 and float32 in one instruction
+    has_bf16: bool = False  # conversion to bfloat16 in one instruction
 
     @property
     def num_registers(self) -> int:
@@ -61,6 +62,7 @@ def make_host(triple: str, cpu: str, features: str) -> Host:
             dot=dot,
             has_fma="fma" in on,
             has_half="f16c" in on,
+            has_bf16=dot == "avx512-vnni" and "avx512bf16" in on,
         )
     is_arm = triple.startswith(("aarch64", "arm64"))
     return Host(

@@ -20,7 +20,8 @@ and in it
 So 64 bytes hold four columns of 16 rows, the shape in which VNNI's and NEON's dot instructions take them, and one AND
 or one shift and AND of them gives such a vector from nibbles.
 
-A float matrix w [N, K] is kept as float32 [N'/16, K, 16], zeros in the rows past N.
+A float matrix w [N, K] is kept as [N'/16, K, 16], zeros in the rows past N; one of bfloat16 as [N'/16, K'/2, 16, 2], K'
+being K rounded up to an even number, so that 32 bits hold two columns of a row.
 """
 
 from dataclasses import dataclass
@@ -52,10 +53,20 @@ class PackedFormat:
 
     num_rows: int
     num_columns: int
-    bits: int  # 4, 8, or 32 for floats
+    bits: int  # 4 or 8; 16 or 32 for floats
     block: int  # B
     has_minima: bool = False
-    side: str = "half"  # LLVM type of scales and minima: half or float
+    side: str = "half"  # LLVM type of scales and minima, or of a float matrix itself: half, bfloat or float
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is a matrix of floats."""
+        return self.bits >= 16
+
+    @property
+    def columns_together(self) -> int:
+        """Columns of a float matrix of which a row's elements lie side by side."""
+        return 2 if self.side == "bfloat" else 1
 
     @property
     def num_tiles(self) -> int:
@@ -70,7 +81,7 @@ class PackedFormat:
     @property
     def padded_block(self) -> int:
         """B'."""
-        return self.block if self.bits == 32 else round_up(self.block, 8 if self.bits == 4 else 4)
+        return round_up(self.block, self.columns_together if self.is_float else 8 if self.bits == 4 else 4)
 
     @property
     def bias(self) -> int:
@@ -85,7 +96,7 @@ class PackedFormat:
     @property
     def side_bytes(self) -> int:
         """Bytes of the scales of a block."""
-        return 0 if self.bits == 32 else ROWS * (2 if self.side == "half" else 4)
+        return 0 if self.is_float else ROWS * (2 if self.side == "half" else 4)
 
     @property
     def block_bytes(self) -> int:
@@ -211,25 +222,34 @@ def unpack_weight(content: jax.Array, layout: PackedFormat, like: QuantizedArray
     )
 
 
-def float_format(num_rows: int, num_columns: int) -> PackedFormat:
-    """The layout of a float matrix [num_rows, num_columns] (outputs, inputs)."""
-    return PackedFormat(num_rows=num_rows, num_columns=num_columns, bits=32, block=num_columns, side="float")
+def float_format(num_rows: int, num_columns: int, dtype: np.dtype[Any]) -> PackedFormat:
+    """The layout of a matrix [num_rows, num_columns] (outputs, inputs) of float32, bfloat16 or float16."""
+    return PackedFormat(
+        num_rows=num_rows,
+        num_columns=num_columns,
+        bits=8 * dtype.itemsize,
+        block=num_columns,
+        side={"float32": "float", "bfloat16": "bfloat", "float16": "half"}[dtype.name],
+    )
 
 
 def pack_floats(matrix: np.ndarray[Any, Any], layout: PackedFormat) -> Bytes:
     """The bytes of a float matrix [N, K]."""
     n, k = matrix.shape
-    padded = np.zeros((layout.num_tiles * ROWS, k), np.float32)
-    padded[:n] = matrix
-    tiles = np.ascontiguousarray(padded.reshape(-1, ROWS, k).transpose(0, 2, 1))
+    together = layout.columns_together
+    padded = np.zeros((layout.num_tiles * ROWS, layout.padded_block), matrix.dtype)
+    padded[:n, :k] = matrix
+    tiles = np.ascontiguousarray(padded.reshape(layout.num_tiles, ROWS, -1, together).transpose(0, 2, 1, 3))
     return tiles.view(np.uint8).reshape(-1)
 
 
 def unpack_floats(content: jax.Array, layout: PackedFormat) -> jax.Array:
-    """The inverse of `pack_floats`: float32 [N, K]. Traceable."""
-    k = layout.num_columns
-    floats = jax.lax.bitcast_convert_type(content.reshape(-1, k, ROWS, 4), jnp.float32)
-    return floats.transpose(0, 2, 1).reshape(-1, k)[: layout.num_rows]
+    """The inverse of `pack_floats`: [N, K]. Traceable."""
+    together, size = layout.columns_together, layout.bits // 8
+    dtype = {"float": jnp.float32, "bfloat": jnp.bfloat16, "half": jnp.float16}[layout.side]
+    pieces = content.reshape(layout.num_tiles, -1, ROWS, together, size)
+    floats = jax.lax.bitcast_convert_type(pieces, dtype).transpose(0, 2, 1, 3)
+    return floats.reshape(layout.num_tiles * ROWS, -1)[: layout.num_rows, : layout.num_columns]
 
 
 __all__ = [

@@ -12,6 +12,7 @@ activations u is turned into floats, lane by lane of the same bytes. Sums over b
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmir_jax.targets.cpu.halves import half_to_float, pair_of_bfloats, widen
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat, round_up
 from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant, constants, vector
 
@@ -61,7 +62,7 @@ class InputFormat:
     @property
     def nbytes(self) -> int:
         """Bytes of all."""
-        return self.side(3 if self.is_int8 else 0 if self.weight.bits == 32 else 1)
+        return self.side(3 if self.is_int8 else 0 if self.weight.is_float else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ _DOTS = {
 def tokens_at_once(module: Module, weight: PackedFormat) -> int:
     """R, the most tokens whose sums stay in registers."""
     registers = module.host.num_registers
-    if weight.bits == 32:
+    if weight.is_float:
         return 12 if registers == 32 else 6
     return 8 if registers == 32 else 4
 
@@ -254,23 +255,29 @@ class _Product:
             result = [f.fma(minimum, self._side(0, row, block, "float"), total) for row, total in enumerate(result)]
         return result
 
+    def _float_columns(self, place: Number) -> list[Value]:
+        """A vector of rows of each of the columns that lie together."""
+        f, weight, lanes = self.f, self.weight, self.lanes
+        size = weight.bits // 8 * weight.columns_together
+        offset = f.add(f.mul(place, size * ROWS), size * lanes * self.sub)
+        if weight.columns_together == 2:
+            return pair_of_bfloats(f, f.load(vector("i32", lanes), self.tile, offset, align=4))
+        return [widen(f, f.load(vector(weight.side, lanes), self.tile, offset, align=size))]
+
     def float_weights(self) -> list[Value]:
         """Sums of float weights."""
-        f, lanes, k = self.f, self.lanes, self.weight.num_columns
+        f, lanes = self.f, self.lanes
+        together = self.weight.columns_together
+        k = self.weight.padded_block // together
         copies = max(1, 8 // len(self.rows))  # so that sums do not wait for each other
         count = len(self.rows)
 
         def column(place: Number, sums: list[Value]) -> list[Value]:
-            w = f.load(
-                vector("float", lanes),
-                self.tile,
-                f.add(f.mul(place, 4 * ROWS), 4 * lanes * self.sub),
-                align=4,
-            )
-            result = []
-            for row, total in zip(self.rows, sums, strict=True):
-                offset = f.add(f.mul(row, self.inputs.row_bytes), f.mul(place, 4))
-                result.append(f.fma(w, f.splat(f.load("float", self.x, offset, align=4), lanes), total))
+            result = list(sums)
+            for i, w in enumerate(self._float_columns(place)):
+                for r, row in enumerate(self.rows):
+                    offset = f.add(f.mul(row, self.inputs.row_bytes), f.add(f.mul(place, 4 * together), 4 * i))
+                    result[r] = f.fma(w, f.splat(f.load("float", self.x, offset, align=4), lanes), result[r])
             return result
 
         def body(start: Value, carried: list[Value]) -> list[Value]:
@@ -291,23 +298,11 @@ class _Product:
 
     def sums(self) -> list[Value]:
         """Products of each row of activations with the vector of rows."""
-        if self.weight.bits == 32:
+        if self.weight.is_float:
             return self.float_weights()
         zeros = [constant("float", 0, self.lanes)] * len(self.rows)
         block = self.int8_block if self.inputs.is_int8 else self.float_block
         return self.f.loop(0, self.weight.num_blocks, 1, block, zeros)
-
-
-def half_to_float(f: Function, x: Value) -> Value:
-    """float16 lanes, finite, as float32."""
-    lanes = f.module.host.lanes
-    if f.module.host.has_half:
-        return f.cast("fpext", x, "float")
-    bits = f.cast("zext", f.bitcast(x, vector("i16", lanes)), "i32")
-    magnitude = f.binary("shl", f.binary("and", bits, constant("i32", 0x7FFF, lanes)), constant("i32", 13, lanes))
-    size = f.binary("fmul", f.bitcast(magnitude, vector("float", lanes)), constant("float", 2.0**112, lanes))
-    sign = f.binary("shl", f.binary("and", bits, constant("i32", 0x8000, lanes)), constant("i32", 16, lanes))
-    return f.bitcast(f.binary("or", f.bitcast(size, vector("i32", lanes)), sign), vector("float", lanes))
 
 
 def matmul_kernel(module: Module, inputs: InputFormat, *, row_stride: int, num_columns: int) -> str:
@@ -380,4 +375,4 @@ def _store_ragged(f: Function, total: Value, place: Value, tile: Value, last: in
     f.do(f"call void @{name}({total.type} {total.ref}, ptr {place.ref}, i32 4, {mask.type} {mask.ref})")
 
 
-__all__ = ["InputFormat", "half_to_float", "matmul_kernel", "tokens_at_once"]
+__all__ = ["InputFormat", "matmul_kernel", "tokens_at_once"]

@@ -11,13 +11,12 @@ stored value is a *root*. Roots become *items* of a list:
     loop        everything else: shared out by rows or columns, or where it is small done by every thread for itself,
                 which is cheaper than to meet
 
-Threads meet at a barrier before an item that reads what others wrote since the last one, or that writes what others
-may still read. Memory of values that are read no more is used again behind a barrier.
+`schedule` puts them in order and gives values their memory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from xdsl.dialects.builtin import TensorType
@@ -25,24 +24,24 @@ from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import BlockArgument, Operation, SSAValue
 from xdsl_jax.dialects import stablehlo
 
-from llmir_jax.analysis.align import location
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
-from llmir_jax.dialects.llm.common import bool_of
-from llmir_jax.interop import op_name
-from llmir_jax.targets.cpu import expressions
-from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel, pages_reason
-from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element
-from llmir_jax.targets.cpu.host import Host, this_host
-from llmir_jax.targets.cpu.index import Index, Var
+from llmir_jax.targets.cpu.activations import prepare
+from llmir_jax.targets.cpu.attached import Attached, Root, attach, covers
+from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
+from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element, scratch_element
+from llmir_jax.targets.cpu.host import Host
+from llmir_jax.targets.cpu.index import Index
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat, round_up
 from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
-from llmir_jax.targets.cpu.loops import Body, Domain, Loops, reduce_reason, rows_and_columns
+from llmir_jax.targets.cpu.loops import Loops, rows_and_columns
 from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
-from llmir_jax.targets.cpu.team import waiting_ir
+from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
+from llmir_jax.targets.cpu.repeated import Repeated, Structure
+from llmir_jax.targets.cpu.rows import Domain
+from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
 from llmir_jax.targets.cpu.weights import Arrangement
-from llmir_jax.transforms import signature
 
 SMALL = 4096
 """Elements up to which every thread computes a value for itself."""
@@ -51,53 +50,6 @@ COLUMNS_AT_ONCE = 64
 
 _Matmul = llm.QuantizedMatmulOp | llm.LinearOp
 _Norm = llm.RMSNormOp | llm.LayerNormOp
-
-
-@dataclass(eq=False, kw_only=True)
-class Root:
-    """What stores elements one by one: a value, or the writing of pages."""
-
-    order: float  # of the operation in @main; what it needs beside its operands comes a little before
-    target: Buffer
-    shape: tuple[int, ...]
-    body: Callable[[Domain], Body]
-    stem: str = "store"
-    emit: Callable[[Domain], tuple[str, list[Buffer]]] | None = None
-    """Makes the kernel, if not of `body`; then only of rows of tokens, and of columns in multiples of `granule`."""
-    granule: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attached:
-    """A root that is done where a matmul's columns are: its columns [c, c + width) need those from `offsets` + c on."""
-
-    root: Root
-    domain: Domain
-    offsets: tuple[int, ...]
-    width: int
-
-
-@dataclass(eq=False, kw_only=True)
-class Item:
-    """A call of a function by every thread."""
-
-    order: float  # of the operation in @main; what it needs beside its operands comes a little before
-    name: str
-    buffers: list[Buffer]
-    reads: set[Buffer]
-    writes: set[Buffer]
-    split: tuple[str, int, int]  # ("rows" | "columns" | "each" | "threads", rows, columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A step as native code, not yet compiled."""
-
-    text: str  # LLVM IR of the public function @step(table, barrier, id, n)
-    scratch_bytes: int
-    num_barriers: int
-    num_items: int
-    num_kernels: int
 
 
 def _is_root_op(op: Operation) -> bool:
@@ -111,59 +63,6 @@ def _is_root_op(op: Operation) -> bool:
         | stablehlo.ConcatenateOp
         | stablehlo.DotGeneralOp,
     )
-
-
-def unsupported_reason(op: Operation) -> str | None:
-    """Why an operation of a step is not computed natively; None if it is."""
-    where = f"{op_name(op)} at {location(op)}"
-    if isinstance(op, ReturnOp):
-        return None
-    if isinstance(op, llm.WritePagesOp | llm.AttendPagesOp):
-        kinds = [op.k_pages.type, op.v_pages.type]
-        other = op.q if isinstance(op, llm.AttendPagesOp) else op.k
-        found = [reason for kind in kinds if (reason := pages_reason(kind, this_host())) is not None]
-        if not found and dtype_of(other).name != "float32":
-            found = [f"of {dtype_of(other).name}"]
-        return f"{where}: {found[0]}" if found else None
-    if isinstance(op, stablehlo.ReduceOp):
-        reason = reduce_reason(op)
-        if reason is not None:
-            return f"{where}: {reason}"
-        names = {dtype_of(value).name for value in op.operands}
-        return None if names <= {"float32", "int32", "bool"} else f"{where}: of {', '.join(sorted(names))}"
-    if isinstance(op, stablehlo.ConcatenateOp):
-        kind = dtype_of(op.results[0]).name
-        return None if kind in expressions.ELEMENTS else f"{where}: of {kind}"
-    if isinstance(op, llm.QuantizedMatmulOp):
-        return _matmul_reason(op, where)
-    if isinstance(op, stablehlo.DotGeneralOp):
-        names = {dtype_of(value).name for value in (op.lhs, op.rhs, op.results[0])}
-        return None if names == {"float32"} else f"{where}: of {', '.join(sorted(names))}"
-    if isinstance(op, llm.LinearOp):
-        plain = isinstance(op.w, BlockArgument) and op.b is None and bool_of(op.transpose_w)
-        if not plain or {dtype_of(value).name for value in (op.x, op.w, op.output)} != {"float32"}:
-            return f"{where}: its weight is no float32 parameter"
-        return None
-    if isinstance(op, llm.QuantizedGatherOp):
-        is_weight = isinstance(op.w, BlockArgument) and isinstance(op.w.type, llm.QuantizedTensorType)
-        if not is_weight or dtype_of(op.results[0]).name != "float32":
-            return f"{where}: of something else than a parameter, or not to float32"
-        return None
-    return expressions.unsupported_reason(op)
-
-
-def _matmul_reason(op: llm.QuantizedMatmulOp, where: str) -> str | None:
-    kind = op.w.type
-    if not isinstance(op.w, BlockArgument) or not isinstance(kind, llm.QuantizedTensorType):
-        return f"{where}: its weight is no quantized parameter"
-    if dtype_of(op.x).name != "float32" or dtype_of(op.output).name != "float32":
-        return f"{where}: of {dtype_of(op.x).name}"
-    if op.activation_bits is not None:
-        size = op.activation_group_size
-        group, own = kind.get_shape()[1] if size is None else int(size.value.data), kind.elements_per_group
-        if group % own and own % group:
-            return f"{where}: groups of {own} weights and of {group} activations do not fit"
-    return None
 
 
 def _scales(op: _Matmul) -> SSAValue | None:
@@ -192,7 +91,7 @@ class Planner:
     """Plans one step.
 
     Args:
-        main: @main for some tokens, of operations that `unsupported_reason` allows.
+        main: @main for some tokens, of operations that `support.unsupported_reason` allows.
         arrangement: places of the parameters.
         host: the machine.
         num_threads: threads of the team.
@@ -205,6 +104,7 @@ class Planner:
         self.module = Module(host)
         self.stored = Stored()
         self.loops = Loops(self.module, self.stored)
+        self.repeated = Repeated(self.stored)
         self.items: list[Item] = []
         self.roots: list[Root] = []
         self.keys: dict[SSAValue, set[object]] = {}
@@ -220,12 +120,14 @@ class Planner:
         for arg in self.main.body.block.args:
             place = parameters.get(arg.index)
             if place is None and isinstance(arg.type, llm.QuantizedTensorType):
-                pages, scales = (
-                    Buffer.of(part.get_shape(), element, place="argument")
-                    for part, element in zip(arg.type.parts(), ("i8", "half"), strict=True)
+                pages, *sides = (
+                    Buffer.of(part.get_shape(), "half" if i else "i8", place="argument")
+                    for i, part in enumerate(arg.type.parts())
                 )
-                pages.offset, scales.offset, pages.scales = number, number + 1, scales
-                number += 2
+                pages.scales, pages.minima = sides[0], sides[1] if len(sides) > 1 else None
+                for part in pages.parts:
+                    part.offset = number
+                    number += 1
                 self.stored.buffers[arg] = pages
                 continue
             if place is None:
@@ -236,7 +138,7 @@ class Planner:
                 self.stored.buffers[arg] = buffer
                 continue
             if place.layout is not None:
-                element = "float" if place.layout.bits == 32 else "i8"
+                element = place.layout.side if place.layout.is_float else "i8"
                 buffer = Buffer(shape=place.shape, element=element, strides=(1,), nbytes=place.nbytes, place="weights")
                 self.stored.formats[arg] = place.layout
             else:
@@ -298,21 +200,19 @@ class Planner:
 
     # Roots and items
 
-    def _add_root(self, root: Root) -> None:
-        self.roots.append(root)
-
     def _store_value(self, value: SSAValue, target: Buffer | None = None) -> None:
         owner = value.owner
         assert isinstance(owner, Operation)
         if target is None:
-            target = Buffer.of(shape_of(value), memory_element(dtype_of(value)))
+            target = Buffer.of(shape_of(value), scratch_element(dtype_of(value)))
         root = Root(
             order=self.index[owner],
             target=target,
             shape=shape_of(value),
             body=self.loops.storing(value, target),
+            reads=(value,),
         )
-        self._add_root(root)
+        self.roots.append(root)
         self.pending.append((value, target))
 
     def run(self) -> Plan:
@@ -332,23 +232,25 @@ class Planner:
                 self._reserve(op)
             elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp):
                 self.stored.buffers[op.results[0]] = Buffer.of(
-                    shape_of(op.results[0]), memory_element(dtype_of(op.results[0]))
+                    shape_of(op.results[0]), scratch_element(dtype_of(op.results[0]))
                 )
             elif isinstance(op, llm.WritePagesOp):
                 for which, (old, new) in enumerate(zip(op.operands[:2], op.results, strict=True)):
                     self.stored.buffers[new] = self.stored.buffers[old]
                     pages = self.stored.buffers[old]
                     value = (op.k, op.v)[which]
-                    in_bytes = pages.scales is not None
-                    self._add_root(
+                    is_quantized = pages.scales is not None
+                    self.roots.append(
                         Root(
                             order=self.index[op],
                             target=pages,
                             shape=shape_of(value),
-                            body=self.loops.writing_pages(op, pages, which),
+                            body=writing_pages(self.loops, op, pages, which),
                             stem="write_pages",
-                            emit=self.loops.writing_int8_pages(op, pages, which) if in_bytes else None,
-                            granule=shape_of(value)[2] if in_bytes else 1,
+                            emit=writing_quantized_pages(self.loops, op, pages, which) if is_quantized else None,
+                            granule=shape_of(value)[2] if is_quantized else 1,
+                            reads=(value, op.num_tokens, op.positions, op.seq_ids, op.block_tables),
+                            which=which,
                         )
                     )
             elif isinstance(op, _Norm):
@@ -368,7 +270,15 @@ class Planner:
         for root in self.roots:
             self._loop_item(root)
         self._other_items()
-        return self._assemble()
+        kept = {self.counters, self.partials}
+        return assemble(
+            self.module,
+            self.items,
+            kept,
+            num_operands=self.num_operands,
+            num_results=self.num_results,
+            num_threads=self.num_threads,
+        )
 
     def _reserve(self, op: llm.AttendPagesOp) -> None:
         shape = AttentionShape.of(op, self.num_threads)
@@ -393,17 +303,20 @@ class Planner:
             source = pages.get(value)
             if source is not None:
                 held = self.stored.buffers[source]
-                self.page_results[number] = held
-                if held.scales is not None:
-                    self.page_results[number + 1] = held.scales
-                self.num_results += 1 if held.scales is None else 2
+                self.page_results.update(enumerate(held.parts, number))
+                self.num_results += len(held.parts)
                 continue
             self.num_results += 1
             buffer = Buffer.of(shape_of(value), memory_element(dtype_of(value)), place="result")
             buffer.offset = number
             self.result_buffers.append(buffer)
             is_product = isinstance(value.owner, _Matmul)
-            if is_product and self.keys[value] == {("result", operand)} and value not in self.direct:
+            if (
+                is_product
+                and buffer.element == "float"
+                and self.keys[value] == {("result", operand)}
+                and value not in self.direct
+            ):
                 self.direct[value] = buffer
                 continue
             root = Root(
@@ -411,8 +324,9 @@ class Planner:
                 target=buffer,
                 shape=shape_of(value),
                 body=self.loops.storing(value, buffer),
+                reads=(value,),
             )
-            self._add_root(root)
+            self.roots.append(root)
 
     def _product_buffer(self, op: _Matmul) -> Buffer:
         buffer = self.direct.get(op.output)
@@ -422,23 +336,46 @@ class Planner:
         self.stored.buffers[op.output] = buffer
         return buffer
 
-    def _probe(self, root: Root, domain: Domain) -> list[tuple[Buffer, Index]]:
+    @contextmanager
+    def _computing(self, root: Root) -> Iterator[None]:
+        """A root computes its own value, which others read."""
         value = self.own.get(id(root.target))
         held = self.stored.buffers.pop(value) if value is not None else None
         try:
-            return list(self.loops.probe(domain, root.body(domain)))
+            yield
         finally:
             if value is not None and held is not None:
                 self.stored.buffers[value] = held
 
+    def _structure(self, root: Root, *buffers: Buffer) -> Structure:
+        return self.repeated.structure((*buffers, root.target), root.reads)
+
+    def _probe(self, root: Root, domain: Domain) -> list[tuple[Buffer, Index]]:
+        with self._computing(root):
+            return list(self.loops.probe(domain, root.body(domain)))
+
+    def _reads(self, root: Root) -> set[Buffer]:
+        """The buffers that a root reads."""
+        domain = rows_and_columns(root.shape)
+        with self._computing(root):
+            structure = self._structure(root)
+        what = ("reads", root.stem, root.which, domain.rows, domain.columns)
+        return set(self.repeated.kernel(what, structure, lambda: ("", [b for b, _ in self._probe(root, domain)]))[1])
+
     def _emit_root(self, root: Root, domain: Domain) -> tuple[str, list[Buffer]]:
-        value = self.own.get(id(root.target))
-        held = self.stored.buffers.pop(value) if value is not None else None
-        try:
+        def emit() -> tuple[str, list[Buffer]]:
             return self.loops.over(domain, root.stem, root.body(domain)) if root.emit is None else root.emit(domain)
-        finally:
-            if value is not None and held is not None:
-                self.stored.buffers[value] = held
+
+        with self._computing(root):
+            what = (root.stem, root.which, domain.rows, domain.columns)
+            return self.repeated.kernel(what, self._structure(root), emit)
+
+    def _attach(self, root: Root, product: Buffer) -> Attached | None:
+        with self._computing(root):
+            structure = self._structure(root, product)
+        what = ("attach", root.stem, root.which, root.shape, root.emit is None, root.granule)
+        found = self.repeated.fact(what, structure, lambda: attach(root, product, self._probe))
+        return None if found is None else replace(found, root=root)
 
     # Matmuls
 
@@ -446,8 +383,7 @@ class Planner:
         producers = {buffer: self.index[op] for op, buffer in matmuls}
         reads: dict[Root, set[Buffer]] = {}
         for root in self.roots:
-            domain = rows_and_columns(root.shape)
-            reads[root] = {buffer for buffer, _ in self._probe(root, domain)}
+            reads[root] = self._reads(root)
         # where the value of a root is made, if not with a matmul
         made = {root.target: root.order for root in self.roots if root.target.place == "scratch"}
         made |= {buffer: self.index[op] for op, buffer in self.stored.statistics.items()}
@@ -465,62 +401,11 @@ class Planner:
                 found = None if late else self._attach(root, product)
                 if found is not None:
                     attached.append(found)
-            if len(attached) != len(mine) or not self._cover(attached, product):
+            if len(attached) != len(mine) or not covers(attached, product):
                 attached = []
             for each in attached:
                 self.roots.remove(each.root)
             self._matmul_item(op, product, attached)
-
-    def _attach(self, root: Root, product: Buffer) -> Attached | None:
-        """How a root follows the columns of a product; None if it does not."""
-        total = int(np.prod(root.shape, dtype=np.int64))
-        stride = product.strides[-2] if len(product.strides) > 1 else product.nbytes // 4
-        columns = 1
-        best: Attached | None = None
-        for size in reversed(root.shape):
-            columns *= size
-            if size == 1 or columns > product.shape[-1] or columns < ROWS:
-                continue
-            if root.emit is not None and total // columns != root.shape[0]:
-                continue
-            domain = Domain(total // columns, columns)
-            found = self._offsets(root, domain, product, stride)
-            if found is not None:
-                best = Attached(root=root, domain=domain, offsets=found[0], width=found[1])
-        return best
-
-    def _offsets(self, root: Root, domain: Domain, product: Buffer, stride: int) -> tuple[tuple[int, ...], int] | None:
-        rows = np.unique(np.linspace(0, domain.rows - 1, 4).astype(np.int64))[:, None]
-        columns = np.arange(domain.columns, dtype=np.int64)[None, :]
-        variables: dict[Var, Any] = {domain.row(): rows, domain.column(1): columns}
-        shape = (len(rows), domain.columns)
-        accessed = [
-            np.broadcast_to(place.evaluate(variables) % stride, shape)
-            for buffer, place in self._probe(root, domain)
-            if buffer is product
-        ]
-        width = ROWS
-        while width <= max(domain.columns, ROWS):
-            if (width == ROWS or domain.columns % width == 0) and width % root.granule == 0:
-                first = [int(read[:, :width].min()) // ROWS * ROWS for read in accessed]
-                if all(
-                    ((read - offset) // width == columns // width).all()
-                    for read, offset in zip(accessed, first, strict=True)
-                ):
-                    return tuple(sorted(set(first))), width
-            width *= 2
-        return None
-
-    @staticmethod
-    def _cover(attached: list[Attached], product: Buffer) -> bool:
-        """Whether every column is computed once."""
-        taken = np.zeros(round_up(product.shape[-1], ROWS), np.int64)
-        for each in attached:
-            for offset in each.offsets:
-                if offset % ROWS or (each.domain.columns % ROWS and offset + each.domain.columns != product.shape[-1]):
-                    return False
-                taken[offset : offset + each.domain.columns] += 1
-        return bool((taken[: product.shape[-1]] == 1).all())
 
     def _prepare(self, op: _Matmul) -> Buffer:
         """The input of a matmul, prepared once for all that take it so."""
@@ -529,7 +414,11 @@ class Planner:
         if key not in self.prepared:
             buffer = Buffer(shape=(), element="i8", strides=(), nbytes=inputs.nbytes)
             self.prepared[key] = buffer
-            name, buffers = self.loops.prepare(op.x, inputs, buffer, _scales(op))
+            name, buffers = self.repeated.kernel(
+                ("prepare", inputs),
+                self.repeated.structure([buffer], [op.x, _scales(op)]),
+                lambda: prepare(self.loops, op.x, inputs, buffer, _scales(op)),
+            )
             columns = inputs.weight.num_columns
             self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
         return self.prepared[key]
@@ -670,7 +559,7 @@ class Planner:
                 self._attend_item(op, i)
             elif isinstance(op, _Norm):
                 target = self.stored.statistics[op]
-                name, buffers = self.loops.statistics(op, target)
+                name, buffers = self._statistics(op, target)
                 shape = shape_of(op.x)
                 self._add_item(i - 0.25, name, buffers, {target}, ("rows", target.shape[0], shape[-1]))
             elif isinstance(op, stablehlo.ReduceOp):
@@ -687,6 +576,11 @@ class Planner:
                 self._add_item(i, name, buffers, {target}, ("rows", rows, total))
             elif isinstance(op, stablehlo.ConcatenateOp):
                 self._concatenate_items(op, i)
+
+    def _statistics(self, op: _Norm, target: Buffer) -> tuple[str, list[Buffer]]:
+        structure = self.repeated.structure([target], [op.x])
+        what = (op.name, op.epsilon)
+        return self.repeated.kernel(what, structure, lambda: self.loops.statistics(op, target))
 
     def _concatenate_items(self, op: stablehlo.ConcatenateOp, i: int) -> None:
         target = self.stored.buffers[op.results[0]]
@@ -712,18 +606,23 @@ class Planner:
 
     def _attend_item(self, op: llm.AttendPagesOp, i: int) -> None:
         output = self.stored.buffers[op.output]
-        name, buffers = attention_kernel(
-            self.module,
-            self.stored,
-            op,
-            q=self.stored.buffers[op.q],
-            k_pages=self.stored.buffers[op.k_pages],
-            v_pages=self.stored.buffers[op.v_pages],
-            output=output,
-            scratch=self.partials,
-            counters=self.counters,
-            num_threads=self.num_threads,
-        )
+        structure = self.repeated.structure([output, self.partials, self.counters], op.operands)
+
+        def emit() -> tuple[str, list[Buffer]]:
+            return attention_kernel(
+                self.module,
+                self.stored,
+                op,
+                q=self.stored.buffers[op.q],
+                k_pages=self.stored.buffers[op.k_pages],
+                v_pages=self.stored.buffers[op.v_pages],
+                output=output,
+                scratch=self.partials,
+                counters=self.counters,
+                num_threads=self.num_threads,
+            )
+
+        name, buffers = self.repeated.kernel(structure.operation(op), structure, emit)
         self.items.append(
             Item(
                 order=i,
@@ -737,127 +636,5 @@ class Planner:
 
     # The function
 
-    def _assemble(self) -> Plan:
-        items = sorted(self.items, key=lambda item: item.order)
-        dirty: set[Buffer] = set()
-        read: set[Buffer] = set()
-        interval = 0
-        intervals: list[int] = []
-        joins = ""
-        for item in items:
-            shared = {buffer for buffer in item.writes if buffer.place != "private"}
-            same_join = joins == "join" and item.name.startswith("join") and not item.reads & dirty
-            needs = bool(item.reads & dirty) or (bool(shared & (dirty | read)) and not same_join)
-            if needs:
-                interval += 1
-                dirty, read = set(), set()
-            intervals.append(interval)
-            dirty |= shared
-            read |= {buffer for buffer in item.reads if buffer.place not in ("private", "weights")}
-            joins = "join" if item.name.startswith("join") else ""
-        scratch, private = self._allocate(items, intervals)
-        self._main(items, intervals, scratch, private)
-        text = self.module.text + waiting_ir(self.host)
-        return Plan(
-            text=text,
-            scratch_bytes=scratch + private * self.num_threads,
-            num_barriers=interval,
-            num_items=len(items),
-            num_kernels=text.count("\ndefine "),
-        )
 
-    def _allocate(self, items: list[Item], intervals: list[int]) -> tuple[int, int]:
-        """Offsets for shared and private scratch; returns the bytes of each. Memory is reused behind a barrier."""
-        first: dict[Buffer, int] = {}
-        last: dict[Buffer, int] = {}
-        for item, interval in zip(items, intervals, strict=True):
-            for buffer in (*item.buffers, *item.writes):
-                first.setdefault(buffer, interval)
-                last[buffer] = interval
-        sizes = []
-        for place in ("scratch", "private"):
-            mine = [buffer for buffer in first if buffer.place == place]
-            for buffer in (self.counters, self.partials):
-                if buffer in last:
-                    last[buffer] = intervals[-1] + 1  # counters stay zero from step to step of the list
-            live: list[tuple[int, int, int]] = []  # begin, end, last interval
-            top = 0
-            for buffer in sorted(mine, key=lambda b: first[b]):
-                live = sorted(entry for entry in live if entry[2] >= first[buffer])
-                at = 0
-                size = round_up(max(buffer.nbytes, 1), 64)
-                for begin, end, _ in live:
-                    if begin - at >= size:
-                        break
-                    at = max(at, end)
-                buffer.offset = at
-                live.append((at, at + size, last[buffer]))
-                top = max(top, at + size)
-            sizes.append(round_up(top, 128))
-        return sizes[0], sizes[1]
-
-    def _main(self, items: list[Item], intervals: list[int], scratch: int, private: int) -> None:
-        parameters = [("table", "ptr"), ("barrier", "ptr"), ("id", "i64"), ("n", "i64")]
-        f = Function(self.module, parameters, is_public=True)
-        table, barrier, id_, n = (f.arguments[name] for name, _ in parameters)
-        num_results = self.num_results
-        loaded: dict[int, Value] = {}
-
-        def entry(number: int) -> Value:
-            if number not in loaded:
-                loaded[number] = f.load("ptr", table, 8 * number, align=8)
-            return loaded[number]
-
-        weights, memory = entry(0), entry(self.num_operands + num_results)
-        own = f.at(memory, f.add(f.mul(id_, private), scratch))
-
-        def pointer(buffer: Buffer) -> Value:
-            if buffer.place == "weights":
-                return f.at(weights, buffer.offset)
-            if buffer.place == "argument":
-                return entry(buffer.offset)
-            if buffer.place == "result":
-                return entry(self.num_operands + buffer.offset)
-            return f.at(memory if buffer.place == "scratch" else own, buffer.offset)
-
-        now = 0
-        for item, interval in zip(items, intervals, strict=True):
-            if interval != now:
-                f.call("barrier", [barrier, n])
-                now = interval
-            kind, rows, columns = item.split
-            if kind == "threads":
-                numbers: list[Number] = [id_, n]
-            elif kind == "each":
-                numbers = [0, rows, 0, columns]
-            elif kind == "rows":
-                numbers = [*self._share(f, rows, 1, id_, n), 0, columns]
-            else:
-                numbers = [0, rows, *self._share(f, columns, 64, id_, n)]
-            f.call(item.name, [*map(f.value, numbers), *map(pointer, item.buffers)])
-        f.finish("step")
-
-    @staticmethod
-    def _share(f: Function, count: int, unit: int, id_: Value, n: Value) -> list[Number]:
-        units = -(-count // unit)
-        bounds: list[Number] = []
-        for i in (0, 1):
-            place = f.mul(f.div(f.mul(f.add(id_, i), units), n), unit)
-            bounds.append(f.minimum(place, count))
-        return bounds
-
-
-def reasons(main: FuncOp) -> list[str]:
-    """Why a step cannot be computed natively: one line for each kind of operation that is in the way."""
-    found: dict[str, str] = {}
-    for op in main.body.block.ops:
-        reason = unsupported_reason(op)
-        if reason is not None:
-            found.setdefault(op_name(op), reason)
-    for arg, path in signature.parameter_paths(main):
-        if isinstance(arg.type, TensorType) and dtype_of(arg).name not in ("float32", "int32"):
-            found.setdefault(path, f"the parameter {path} is {dtype_of(arg).name}")
-    return list(found.values())
-
-
-__all__ = ["Plan", "Planner", "reasons", "unsupported_reason"]
+__all__ = ["Planner"]

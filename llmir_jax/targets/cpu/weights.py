@@ -4,22 +4,26 @@ Quantized matrices and the weights of float matmuls are packed for the kernels (
 int32, row-major. One array, since every argument of a compiled step costs time at each call.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from xdsl.dialects.builtin import TensorType
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import BlockArgument
 
 from llmir_jax.dense import element_dtype
+from llmir_jax.dense_parameters import Stored, key_of, stored_array
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.quantization import QuantizedArray
+from llmir_jax.targets.cpu.elementwise import is_float
 from llmir_jax.targets.cpu.layout import (
+    ROWS,
     PackedFormat,
     float_format,
     pack_floats,
@@ -29,6 +33,7 @@ from llmir_jax.targets.cpu.layout import (
     unpack_floats,
     unpack_weight,
 )
+from llmir_jax.targets.cpu.regions import Split, split
 from llmir_jax.transforms import signature
 
 ALIGNMENT = 64
@@ -50,9 +55,11 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """The places of all parameters, in the order of the arguments."""
+    """The places of the parameters that native code reads, in the order of the arguments."""
 
     places: tuple[Place, ...]
+    apart: tuple[int, ...] = ()
+    """Arguments that stay arguments of their own, since operations that XLA computes read them."""
 
     @property
     def nbytes(self) -> int:
@@ -64,39 +71,93 @@ class Arrangement:
         """The place of an argument of @main."""
         return next(place for place in self.places if place.argument == argument)
 
-    def fill(self, values: Iterator[Any]) -> jax.Array:
-        """The array uint8[nbytes] of these values.
+    def as_data(self) -> dict[str, Any]:
+        """The places as what JSON holds."""
+        places = [{**asdict(place), "dtype": np.dtype(place.dtype).name} for place in self.places]
+        return {"places": places, "apart": self.apart}
 
-        The values are taken one at a time, so that no more than one is there beside the array.
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "Arrangement":
+        """The inverse of `as_data`."""
+        places = tuple(
+            Place(
+                **{
+                    **place,
+                    "layout": None if place["layout"] is None else PackedFormat(**place["layout"]),
+                    "shape": tuple(place["shape"]),
+                    "dtype": jnp.dtype(place["dtype"]),
+                }
+            )
+            for place in data["places"]
+        )
+        return cls(places=places, apart=tuple(data["apart"]))
+
+    def fill(self, values: Iterator[Any]) -> tuple[jax.Array, list[Any]]:
+        """The array uint8[nbytes] of the parameters' values, and those that stay apart.
+
+        The values, of all parameters in order, are taken one at a time, so that no more than one is there beside them.
         """
         content = aligned_bytes(self.nbytes)
-        for place, value in zip(self.places, values, strict=True):
+        places = {place.argument: place for place in self.places}
+        kept = []
+        for argument, value in zip(sorted({*places, *self.apart}), values, strict=True):
+            if argument in self.apart:
+                kept.append(value)
+            place = places.get(argument)
+            if place is None:
+                continue
             target = content[place.offset : place.offset + place.nbytes]
             if place.layout is None:
                 target[:] = np.ascontiguousarray(np.asarray(value)).view(np.uint8).reshape(-1)
-            elif place.layout.bits == 32:
+            elif place.layout.is_float:
                 target[:] = pack_floats(np.asarray(value), place.layout)
             else:
                 target[:] = pack_weight(value, place.layout)
         array: jax.Array = jax.dlpack.from_dlpack(content)
-        return array
+        return array, kept
 
-    def values(self, content: jax.Array, described: Sequence[Any]) -> list[Any]:
-        """The inverse of `fill`. Traceable."""
-        found: list[Any] = []
-        for place, value in zip(self.places, described, strict=True):
-            part = jax.lax.slice(content, (place.offset,), (place.offset + place.nbytes,))
-            if isinstance(value, QuantizedArray):
-                assert place.layout is not None
-                found.append(unpack_weight(part, place.layout, value))
-                continue
-            if place.layout is not None:
-                found.append(unpack_floats(part, place.layout))
-                continue
-            width = np.dtype(place.dtype).itemsize
-            parts = part.reshape(-1, width) if width > 1 else part
-            found.append(jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape))
-        return found
+    def stored(self, content: jax.Array, apart: Sequence[Any], number: int, described: Any) -> Stored:
+        """A parameter, by its number among those of `fill`, as a function of what is stored of it."""
+        argument = sorted({*self.apart, *(place.argument for place in self.places)})[number]
+        if argument in self.apart:
+            return stored_array(apart[self.apart.index(argument)])
+        place = self.of(argument)
+        whole = np.asarray(content)[place.offset : place.offset + place.nbytes]
+        return _stored(whole, place, described)
+
+
+def _stored(content: np.ndarray[Any, Any], place: Place, described: Any) -> Stored:
+    layout = place.layout
+    key = (layout, place.shape, np.dtype(place.dtype).name, key_of(described))
+
+    def rows(start: int, stop: int) -> Stored:
+        """Of a matrix; a part of a tile only at its end."""
+        assert layout is not None and start % ROWS == 0
+        begin, end = (tiles * layout.tile_bytes for tiles in (start // ROWS, -(-stop // ROWS)))
+        some = replace(place, layout=replace(layout, num_rows=stop - start), shape=(stop - start, *place.shape[1:]))
+        like = described
+        if isinstance(described, QuantizedArray):
+            like = replace(described, shape=(stop - start, described.shape[1]))
+        return _stored(content[begin:end], some, like)
+
+    return Stored(
+        arrays=content,
+        value=lambda raw: unpack(raw, place, described),
+        key=key,
+        rows=None if layout is None else rows,
+    )
+
+
+def unpack(part: jax.Array, place: Place, described: Any) -> Any:
+    """The value, described by `described`, whose bytes `part` are. Traceable."""
+    if isinstance(described, QuantizedArray):
+        assert place.layout is not None
+        return unpack_weight(part, place.layout, described)
+    if place.layout is not None:
+        return unpack_floats(part, place.layout)
+    width = np.dtype(place.dtype).itemsize
+    parts = part.reshape(-1, width) if width > 1 else part
+    return jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape)
 
 
 def aligned_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -118,17 +179,23 @@ def activation_group(weight: BlockArgument) -> int | None:
 
 
 def _is_linear_weight(arg: BlockArgument) -> bool:
-    """Whether a float argument is the weight [N, K] of a linear layer."""
+    """Whether an argument of floats is the weight [N, K] of a linear layer."""
     for use in arg.uses:
         op = use.operation
         if isinstance(op, llm.LinearOp) and op.w is arg and bool_of(op.transpose_w):
-            return op.x is not arg and dtype_of(arg).name == "float32"
+            return op.x is not arg and is_float(dtype_of(arg))
     return False
 
 
-def arrange(main: FuncOp) -> Arrangement:
-    """Places for the parameters of @main."""
+def arrange(main: FuncOp, found: Split | None = None) -> Arrangement:
+    """Places for the parameters of @main.
+
+    Those that XLA reads, of a step that is split so, stay apart; one that native code packs has a place as well.
+    """
+    found = split(main) if found is None else found
+    by_xla, packed = found.arguments(main, parity=1), found.arguments(main, parity=0, packed=True)
     places = []
+    apart = []
     offset = 0
     layout: PackedFormat | None
     for arg, path in signature.parameter_paths(main):
@@ -138,8 +205,12 @@ def arrange(main: FuncOp) -> Arrangement:
         else:
             assert isinstance(arg.type, TensorType)
             shape, dtype = arg.type.get_shape(), element_dtype(arg.type.element_type)
-            layout = float_format(*shape) if _is_linear_weight(arg) else None
+            layout = float_format(shape[0], shape[1], dtype) if _is_linear_weight(arg) else None
             nbytes = layout.nbytes if layout is not None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if arg in by_xla:
+            apart.append(arg.index)
+            if arg not in packed:
+                continue
         places.append(
             Place(
                 argument=arg.index,
@@ -152,7 +223,7 @@ def arrange(main: FuncOp) -> Arrangement:
             )
         )
         offset = round_up(offset + nbytes, ALIGNMENT)
-    return Arrangement(places=tuple(places))
+    return Arrangement(places=tuple(places), apart=tuple(apart))
 
 
 __all__ = ["Arrangement", "Place", "activation_group", "arrange"]
