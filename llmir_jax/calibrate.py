@@ -243,8 +243,12 @@ class Planner:
         calibration: Calibration | None = None,
         trace_at: TraceAt,
         encode: Encode | None = None,
+        target: str | None = None,
     ) -> None:
-        """Raises LlmirError for what is no calibration, one that has nothing to round, and mixed precision without."""
+        """`target` decides what the schemes of the plan leave to it; None leaves that open.
+
+        Raises LlmirError for what is no calibration, one that has nothing to round, and mixed precision without.
+        """
         if calibration is not None and not isinstance(calibration, Calibration):
             raise LlmirError(
                 f"calibration must be an llmir.Calibration, such as Calibration(text=…); got {calibration!r:.50}"
@@ -261,6 +265,7 @@ class Planner:
         self._calibration = calibration
         self._trace_at = trace_at
         self._encode = encode
+        self._target = target
         self.rounding: Rounding = plain_rounding
         """How the weights of the plan are rounded."""
         self.notes: Sequence[str] = ()
@@ -279,7 +284,7 @@ class Planner:
             assert not isinstance(self._quantize, MixedPrecision), "see __init__"
             plan = make_plan(self._quantize, shapes, matrices=matrices, stored=stored)
             scales = {(path, 0): scales for path, scales in self._source.activation_scales.items()}
-            return replace(plan, activation_scales=scales)
+            return self._for_target(replace(plan, activation_scales=scales), matrices)
         calibrator = Calibrator(
             self._trace_at, self._source, self._calibration, encode=self._encode, max_seq_len=max_seq_len
         )
@@ -295,7 +300,10 @@ class Planner:
             calibrated = calibrator.observe({path: [scheme] for path, scheme in plan.schemes.items()})
         self.rounding = calibrated.round
         self.notes = calibrator.notes(plan, calibrated)
-        return replace(plan, activation_scales=calibrated.scales(plan))
+        return self._for_target(replace(plan, activation_scales=calibrated.scales(plan)), matrices)
+
+    def _for_target(self, plan: Plan, matrices: Mapping[str, tuple[int, int]]) -> Plan:
+        return plan if self._target is None else plan.for_target(self._target, matrices)
 
 
 __all__ = ["Calibrated", "Calibrator", "Encode", "Planner"]

@@ -2,24 +2,24 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
-from xdsl.dialects.builtin import TensorType
 
-from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.cost import StepCost, step_cost
 from llmir_jax.calibrate import Planner
-from llmir_jax.dense import element_dtype
-from llmir_jax.dialects import llm
-from llmir_jax.dialects.build import dtype_of, type_of
+from llmir_jax.dense_parameters import DenseParameters
+from llmir_jax.derive import Derived
+from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
-from llmir_jax.interop import op_name
+from llmir_jax.memory import give_back
 from llmir_jax.pipeline import Recorder, derive_step, text_of
-from llmir_jax.quantization import Calibration, Plan, Quantize
+from llmir_jax.plain_forward import PlainForward
+from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -28,13 +28,16 @@ from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
-from llmir_jax.trace import Traced, flatten_model, flatten_params, trace
+from llmir_jax.stored_step import StoredStep
+from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
-from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, dense, unread
+from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
+BURST = 0.02
+"""Seconds that the tokens of one call may take while all requests decode: less than a reader sees."""
 KV_CACHES = {"int8": 8, "int4": 4}
 """Bits of quantized caches, by name."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
@@ -84,26 +87,27 @@ class Decoder:
         *,
         step: DerivedStep,
         engine: Engine,
-        forward: Callable[[Any, jax.Array], jax.Array],
+        flat: FlatForward,
         source: WeightSource,
-        traced: Traced,
-        plan: Plan | None,
         texts: dict[str, str],
+        derive: Callable[[], Derived],
         recorder: Recorder,
-        notes: Sequence[str],
         platform: str,
+        stored: StoredStep | None,
+        cache: DiskCache | None,
     ):
         self._step = step
         self._engine = engine
-        self._forward = forward
+        self._flat = flat
         self._source = source
-        self._traced = traced
-        self._plan = plan
         self._texts = texts
+        self._derive = derive
         self._recorder = recorder
-        self._notes = tuple(notes)
         self._platform = platform
+        self._stored = stored
+        self._cache = cache
         self._check: CheckResult | None = None
+        self._is_check_remembered = False
 
     @classmethod
     def build(
@@ -125,6 +129,7 @@ class Decoder:
         calibration: Calibration | None = None,
         kv_cache: str | None = None,
         source: WeightSource | None = None,
+        program: str | None = None,
         seed: int = 0,
     ) -> "Decoder":
         """Derive the decoder of `forward(model, tokens int32[1, seq]) -> logits [1, seq, vocab]`.
@@ -148,6 +153,8 @@ class Decoder:
             kv_cache: "int8" or "int4": keys and values are kept as integers with a scale for each token and head. None
                 for the floats that the model computes.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
+            program: tells what `forward` computes from all else it may compute, beside the model's arrays;
+                what is derived is then kept on disk for later starts (see `llmir_jax.disk_cache`). None: it is not.
             seed: of the self-check's random tokens.
 
         Raises:
@@ -161,72 +168,100 @@ class Decoder:
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
+        native = platform == "cpu" and target in (None, "cpu")
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
-        first: list[Traced] = []
+        texts: dict[str, str] = {}
+        is_pure = [True]  # whether the derivation depends on nothing but its key
 
         def trace_at(length: int) -> Traced:
             start = time.perf_counter()
             traced = trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
             recorder.seconds["trace"] = recorder.seconds.get("trace", 0.0) + time.perf_counter() - start
-            if not first:
-                first.append(traced)
+            if "stablehlo" not in texts:
                 texts["stablehlo"] = text_of(traced.module)
             return traced
 
-        texts: dict[str, str] = {}
         if source is None:
             arrays = flatten_params(model)
             source = ModelWeights(flatten_model(model)[1].paths, arrays)
-        weights = source
+        weights, flat = source, flatten_forward(forward, model)
         planner = Planner(
             quantize,
             source,
             calibration=calibration,
             trace_at=trace_at,
             encode=getattr(tokenizer, "encode", None),
+            target="cpu" if native else "reference",
         )
-        derived = derive_step(
-            trace_at,
-            lambda: LazyArrays(weights, [p.path for p in first[0].params]),
-            max_seqs=max_seqs,
-            max_seq_len=longest,
-            page_size=page_size,
-            num_pages=num_pages,
-            recorder=recorder,
-            plan_weights=None if quantize is None else planner.plan,
-            kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
-            target=_layout_target(platform),
-        )
-        texts["llm"] = derived.text
+
+        def parameter_values() -> LazyArrays:
+            is_pure[0] = False
+            return LazyArrays(weights, [p.path for p in flat.params])
+
+        def derive() -> Derived:
+            derived = derive_step(
+                trace_at,
+                parameter_values,
+                max_seqs=max_seqs,
+                max_seq_len=longest,
+                page_size=page_size,
+                num_pages=num_pages,
+                recorder=recorder,
+                plan_weights=None if quantize is None else planner.plan,
+                kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
+                target=_layout_target(platform),
+            )
+            texts["llm"] = derived.text
+            return derived
+
+        cache = open_cache()
+        stored: StoredStep | None = None
+        if cache is not None and program is not None and calibration is None and not source.activation_scales:
+            sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
+            target_key = (platform, _layout_target(platform), native)
+            weights_key = (source.matrices, source.stored)
+            stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
+        record = None if stored is None else stored.record()
+        derived = derive() if record is None else None
+        facts = record or derived
+        assert facts is not None
+        give_back()  # what tracing and the passes have left
         start = time.perf_counter()
         step = DerivedStep(
-            derived,
+            derived or derive,
             source,
             rounding=planner.rounding,
             max_seqs=max_seqs,
-            buckets=_buckets(buckets, max_seqs, derived.max_seq_len * max_seqs),
+            buckets=_buckets(buckets, max_seqs, facts.max_seq_len * max_seqs),
             recorder=recorder,
-            native=platform == "cpu" and target in (None, "cpu"),
+            native=native,
+            notes=planner.notes,
+            stored=stored if is_pure[0] else None,
+            record=record,
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
-        engine = Engine(step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk)
+        engine = Engine(
+            step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk, burst=BURST
+        )
         decoder = cls(
             step=step,
             engine=engine,
-            forward=forward,
+            flat=flat,
             source=source,
-            traced=first[0],
-            plan=derived.plan,
             texts=texts,
+            derive=derive,
             recorder=recorder,
-            notes=[*derived.notes, *planner.notes],
             platform=platform,
+            stored=stored if is_pure[0] else None,
+            cache=cache,
         )
+        del derived, facts  # the step has them for as long as it needs to
         if verify:
             decoder._check = decoder._self_check(seed)
+            give_back()
         return decoder
 
     # Serving
@@ -321,36 +356,19 @@ class Decoder:
             raise LlmirError(f"ir: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         if stage == "target":
             return text_of(self._step.module(self._step.buckets[0]))
+        if stage not in self._texts:
+            self._derive()  # the step was found on disk, where this text is not
         return self._texts[stage]
 
     def report(self) -> Report:
         """What was matched, how each part is served, and what the self-check found."""
-        module = self._step.derived_module
-        main = main_function(module)
-        counts: dict[str, int] = {}
-        for op in main.body.block.ops:
-            counts[op_name(op)] = counts.get(op_name(op), 0) + 1
-        forms: dict[tuple[Any, ...], int] = {}
-        for op in main.body.block.ops:
-            if isinstance(op, llm.AttendPagesOp):
-                heads, dim = type_of(op.q).get_shape()[1:]
-                kind = op.k_pages.type
-                assert isinstance(kind, TensorType | llm.QuantizedTensorType)
-                kv_heads = kind.get_shape()[2]
-                window = None if op.window is None else op.window.value.data
-                softcap = None if op.softcap is None else float(op.softcap.value.data)
-                form = (heads, kv_heads, dim, window, softcap, op.slopes is not None, _cache_dtype(kind))
-                forms[form] = forms.get(form, 0) + 1
-        names = ("num_heads", "num_kv_heads", "head_dim", "window", "softcap", "alibi", "cache_dtype")
+        record = self._step.record
+        counts, plan = dict(record.operations), record.plan
         servers = self._servers(counts)
-        entries = tuple(
-            AttentionEntry(layers=n, served_by=servers["llm.attend_pages"], **dict(zip(names, form, strict=True)))
-            for form, n in forms.items()
-        )
-        check = self._check
+        entries = tuple(AttentionEntry(served_by=servers["llm.attend_pages"], **asdict(a)) for a in record.attention)
         values: dict[str, list[str]] = {}
         for weight in self._step.weights:
-            for path, text in weight.describe(self._plan):
+            for path, text in weight.describe(plan):
                 values.setdefault(path, []).append(text)
         return Report(
             attention=entries,
@@ -358,8 +376,8 @@ class Decoder:
             served_by=servers,
             parameters={path: own[0] if len(own) == 1 else f"{own[0]} x {len(own)}" for path, own in values.items()},
             parameter_bytes=sum(weight.nbytes for weight in self._step.weights),
-            not_quantized={} if self._plan is None else {p: why for p, why in self._plan.kept.items() if p in values},
-            unused_parameters=tuple(p.path for p in self._traced.params if p.path not in values),
+            not_quantized={} if plan is None else {p: why for p, why in plan.kept.items() if p in values},
+            unused_parameters=tuple(p.path for p in self._flat.params if p.path not in values),
             cache_bytes=sum(g.nbytes for g in self._step.cache_groups),
             max_seq_len=self._step.max_seq_len,
             buckets=self._step.buckets,
@@ -367,12 +385,21 @@ class Decoder:
                 f"{c.program}{'' if c.bucket is None else f' of {c.bucket} tokens'} in {c.seconds:.2f} s"
                 for c in self._engine.compilations
             ),
-            self_check="skipped (verify=False)"
-            if check is None
-            else f"passed: {check.compared} rows of logits within {100 * check.error:.2g} % of the largest "
-            f"({100 * check.tolerance:.2g} % allowed)",
+            self_check=self._check_text(),
             seconds=dict(self._recorder.seconds),
-            notes=self._notes,
+            from_disk=() if self._stored is None else tuple(self._stored.found),
+            to_disk=() if self._stored is None else tuple(self._stored.made),
+            notes=(*record.notes, *(() if self._cache is None else self._cache.problems)),
+        )
+
+    def _check_text(self) -> str:
+        check = self._check
+        if check is None:
+            return "skipped (verify=False)"
+        before = " in an earlier start, of the same program and weights" if self._is_check_remembered else ""
+        return (
+            f"passed{before}: {check.compared} rows of logits within {100 * check.error:.2g} % of the largest "
+            f"({100 * check.tolerance:.2g} % allowed)"
         )
 
     def _servers(self, counts: dict[str, int]) -> dict[str, str]:
@@ -400,7 +427,7 @@ class Decoder:
 
     def cost(self) -> StepCost:
         """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""
-        sizes = [weight.value.nbytes for weight in self._step.weights]
+        sizes = [weight.nbytes for weight in self._step.weights]
         return step_cost(self._step.derived_module, sizes, self.cache_groups, max_seqs=self._step.max_seqs)
 
     # The self-check
@@ -417,23 +444,28 @@ class Decoder:
 
     def _self_check(self, seed: int) -> CheckResult:
         length = min(_SELF_CHECK_LENGTH, self._step.max_seq_len)
-        parameters, weights = self._traced.params, self._step.weights
+        key: tuple[Any, ...] = (seed, self._step.buckets, self._source.identity, *self._step.native_key)
+        stored = None if self._source.identity is None else self._stored
+        if stored is not None and (known := stored.checked(*key)) is not None:
+            self._is_check_remembered = True
+            return known
+        parameters, weights = self._flat.params, self._step.weights
         others = unread(parameters, weights, self._source)
 
-        @jax.jit
-        def forward(values: Sequence[Any], others: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-            own = self._step.values(values)
-            (logits,) = self._traced.flat_fn(*dense(parameters, weights, own, others), tokens)
-            return logits.astype(jnp.float32)[0]
+        start = time.perf_counter()
 
-        def run(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            rows: np.ndarray[Any, Any] = np.asarray(forward(self._step.params, others, jnp.asarray(tokens)[None]))
+        def forward(sequences: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters]
+            dense = DenseParameters(parameters, weights, self._step.stored, others)
+            plain = PlainForward(self._flat.flat_fn, shapes, dense, len(sequences[0]))
+            rows = [plain(sequence) for sequence in sequences]
+            del plain
+            give_back()  # what it compiled is not needed again
             return rows
 
-        start = time.perf_counter()
         result = self_check(
             self._cached_logits(seed),
-            run,
+            forward,
             vocab_size=self._input_vocab(),
             max_seqs=self._step.max_seqs,
             max_rows=self._step.buckets[-1],
@@ -442,6 +474,8 @@ class Decoder:
             seed=seed,
         )
         self._recorder.seconds["self-check"] = time.perf_counter() - start
+        if stored is not None:
+            stored.keep_checked(result, *key)
         return result
 
     def _input_vocab(self) -> int:
@@ -449,28 +483,7 @@ class Decoder:
 
     def _tolerance(self) -> float:
         """What the coarsest numbers that the step computes with allow; weights are the same on both sides."""
-        kinds = ["half" if self._computes_in_half() else "float32"]
-        ops = list(main_function(self._step.derived_module).body.block.ops)
-        for op in ops:
-            if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
-                kinds.append("int8 activations" if op.activation_scales is None else "static int8 activations")
+        record = self._step.record
+        kinds = ["half" if record.computes_in_half else "float32", *record.activations]
         kinds += [f"int{g.quantized_bits} cache" for g in self._step.cache_groups if g.quantized_bits is not None]
         return max(RELATIVE_TOLERANCE[kind] for kind in kinds)
-
-    def _computes_in_half(self) -> bool:
-        """Whether 16-bit floats take part: then rounding alone separates the two."""
-        main = main_function(self._step.derived_module)
-        return any(
-            dtype_of(r).itemsize <= 2 and dtype_of(r).kind not in "iub"
-            for op in main.body.block.ops
-            for r in op.results
-            if isinstance(r.type, TensorType)
-        )
-
-
-def _cache_dtype(kind: TensorType | llm.QuantizedTensorType) -> str:
-    if isinstance(kind, llm.QuantizedTensorType):
-        scale = element_dtype(kind.scale_type)
-        side = "scale" if kind.is_symmetric else "scale and minimum"
-        return f"int{kind.integer_type.width.data}, a {scale} {side} for each token and head"
-    return str(element_dtype(kind.element_type))

@@ -27,12 +27,15 @@ from llmir_jax.mlir_import import LOC, import_module, make_context
 
 __all__ = [
     "LOC",
+    "Executable",
+    "call_executable",
     "call_module",
     "cleanup",
     "dense_from_numpy",
     "dense_to_numpy",
     "dtype_element_type",
     "element_dtype",
+    "executable",
     "export_module",
     "import_module",
     "lower_to_module",
@@ -63,7 +66,7 @@ def lower_to_module(fn: Callable[..., Any], *args: Any) -> ModuleOp:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Executable:
+class Executable:
     """A module as bytecode and the types of its @main: what a call holds. Equal only to itself."""
 
     bytecode: bytes
@@ -71,18 +74,22 @@ class _Executable:
     outputs: tuple[jax.core.ShapedArray, ...]
 
 
-_EXECUTABLES: WeakKeyDictionary[ModuleOp, _Executable] = WeakKeyDictionary()
+_EXECUTABLES: WeakKeyDictionary[ModuleOp, Executable] = WeakKeyDictionary()
 """One for each module that was called and is still in use, so that tracing a call again costs nothing."""
 
 
-def _executable(module: ModuleOp) -> _Executable:
+def executable(module: ModuleOp) -> Executable:
+    """What `call_executable` calls, the same one each time. The module must not change after it.
+
+    Raises InvalidIRError if the module cannot be exported.
+    """
     if module not in _EXECUTABLES:
         signature = _main(module).function_type
         inputs, outputs = (tuple(map(_aval, types.data)) for types in (signature.inputs, signature.outputs))
         exported = export_module(module, mlir.make_ir_context())
         bytecode = BytesIO()
         exported.operation.write_bytecode(bytecode)
-        _EXECUTABLES[module] = _Executable(bytecode=bytecode.getvalue(), inputs=inputs, outputs=outputs)
+        _EXECUTABLES[module] = Executable(bytecode=bytecode.getvalue(), inputs=inputs, outputs=outputs)
     return _EXECUTABLES[module]
 
 
@@ -104,16 +111,16 @@ _call.multiple_results = True
 _eager_call = jax.jit(_call.bind, static_argnames=("executable", "original"))
 
 
-def _abstract_eval(*_: Any, executable: _Executable, original: Any) -> tuple[jax.core.ShapedArray, ...]:
+def _abstract_eval(*_: Any, executable: Executable, original: Any) -> tuple[jax.core.ShapedArray, ...]:
     return executable.outputs
 
 
-def _impl(*args: Any, executable: _Executable, original: Any) -> Any:
+def _impl(*args: Any, executable: Executable, original: Any) -> Any:
     with jax.disable_jit(False):  # there is no eager form: without jit this would call itself
         return _eager_call(*args, executable=executable, original=original)
 
 
-def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, executable: _Executable, original: Any) -> Any:
+def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, executable: Executable, original: Any) -> Any:
     target = ctx.module_context
     module = ir.Module.parse(executable.bytecode, context=target.context)
     results = list(ir.SymbolTable(module.operation)["main"].type.results)
@@ -121,14 +128,14 @@ def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, executable: _Executable
     return mlir_func.CallOp(results, ir.FlatSymbolRefAttr.get(name), list(args)).results
 
 
-def _jvp(primals: Any, tangents: Any, *, executable: _Executable, original: Callable[..., Any] | None) -> Any:
+def _jvp(primals: Any, tangents: Any, *, executable: Executable, original: Callable[..., Any] | None) -> Any:
     if original is None:
         raise LlmirError("a compiled module has no derivative: differentiate the function it was compiled from")
     instantiated = tuple(map(ad.instantiate_zeros, tangents))
     return jax.jvp(original, primals, instantiated)
 
 
-def _batch(args: Any, dims: Any, *, executable: _Executable, original: Callable[..., Any] | None) -> Any:
+def _batch(args: Any, dims: Any, *, executable: Executable, original: Callable[..., Any] | None) -> Any:
     if original is None:
         raise LlmirError("a compiled module has no vmap: apply vmap to the function it was compiled from")
     outs = jax.vmap(original, in_axes=tuple(dims))(*args)
@@ -159,7 +166,13 @@ def call_module(
         LlmirError: the arguments are not what @main takes.
         InvalidIRError: the module cannot be exported.
     """
-    executable = _executable(module)
+    return call_executable(executable(module), *args, original=original)
+
+
+def call_executable(
+    executable: Executable, *args: ArrayLike, original: Callable[..., list[jax.Array]] | None = None
+) -> list[jax.Array]:
+    """`call_module` of a module that was exported before."""
     if len(args) != len(executable.inputs):
         raise LlmirError(f"@main takes {len(executable.inputs)} arrays, got {len(args)}")
     for i, (arg, expected) in enumerate(zip(args, executable.inputs, strict=True)):

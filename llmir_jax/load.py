@@ -84,12 +84,14 @@ class Loaded:
         `calibration`, and for the self-check, which `verify=False` leaves out.
         """
         from llmir_jax.jit import jit  # here, since the compiler is not needed to read a checkpoint
+        from llmir_jax.program_identity import program_identity
 
         if self.quantized:
             options.setdefault("quantize", STORED)
         compile_options = {name: options.pop(name) for name in JIT_OPTIONS if name in options}
         options.setdefault("max_seq_len", self.config.max_seq_len)
         options["tokenizer"] = self.tokenizer
+        options["program"] = program_identity(self.abstract_model)
         forward = jit(self.forward, **compile_options)
         if compile_options.get("quantize") is None:
             return forward.decoder(self.model, **options)
@@ -212,6 +214,7 @@ def _from_gguf(name: str, path: Path, *, dtype: DTypeLike, param_dtype: DTypeLik
     if tokenizer is not None:
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         special = {token: text for token, text in tokens.items() if text is not None}
+    file.forget("tokenizer.")  # as Python's strings, the vocabulary takes much more than in the tokenizer
     model = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
     return Loaded(
         name=name,

@@ -19,6 +19,7 @@ from xdsl.transforms.common_subexpression_elimination import cse
 from xdsl.utils.exceptions import VerifyException
 
 from llmir_jax.derive import Derived, TraceAt, derive
+from llmir_jax.disk_cache import DiskCache
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import make_context
 from llmir_jax.quantization import Plan
@@ -146,7 +147,11 @@ def _explained(plan: Plan, weights: Weights) -> Plan:
 
 
 def specialize_step(
-    derived: Derived, tokens: int, recorder: Recorder, arrangement: "Arrangement | None" = None
+    derived: Derived,
+    tokens: int,
+    recorder: Recorder,
+    arrangement: "Arrangement | None" = None,
+    cache: DiskCache | None = None,
 ) -> ModuleOp:
     """The step for `tokens` tokens, lowered to what runs: native code where its parameters have an `arrangement`."""
     module = derived.module.clone()
@@ -155,7 +160,7 @@ def specialize_step(
     if arrangement is not None:
         from llmir_jax.transforms.lower_to_cpu import LowerToCpuPass  # here, since other targets need no LLVM
 
-        lower = LowerToCpuPass(arrangement=arrangement)
+        lower = LowerToCpuPass(arrangement=arrangement, cache=cache)
     return recorder.run(
         module,
         SinkLogitsRowsPass(at_logits=tokens <= rows),  # with so few tokens, logits for all cost less than for the rows

@@ -50,6 +50,10 @@ class Report:
     compilations: tuple[str, ...]
     self_check: str
     seconds: dict[str, float]
+    from_disk: tuple[str, ...] = ()
+    """What an earlier start had compiled."""
+    to_disk: tuple[str, ...] = ()
+    """What was compiled now, and kept for later starts."""
     notes: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,5 +82,9 @@ class Report:
         lines.append(f"token buckets: {', '.join(map(str, self.buckets))}")
         lines += [f"  compiled {text}" for text in self.compilations]
         lines.append(f"self-check: {self.self_check}")
+        if self.from_disk:
+            lines.append(f"found on disk: {', '.join(self.from_disk)}")
+        if self.to_disk:
+            lines.append(f"kept on disk: {', '.join(self.to_disk)}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -1,31 +1,34 @@
 """The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
-from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute
 
-from llmir_jax.analysis.align import main_function
+from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.dense import element_dtype
+from llmir_jax.dense_parameters import Stored, stored_array
 from llmir_jax.derive import Derived
 from llmir_jax.dialects import llm
-from llmir_jax.dialects.build import shape_of
-from llmir_jax.interop import call_module
+from llmir_jax.interop import Executable, call_executable, executable
+from llmir_jax.memory import give_back
 from llmir_jax.pipeline import Recorder, specialize_step
 from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
+from llmir_jax.step_record import NativeParts, StepRecord
+from llmir_jax.stored_step import StoredStep
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
 if TYPE_CHECKING:
-    from llmir_jax.targets.cpu.regions import InXla, Split
+    from llmir_jax.targets.cpu.regions import InXla
     from llmir_jax.targets.cpu.weights import Arrangement
 
 
@@ -39,7 +42,7 @@ class DerivedStep:
 
     def __init__(
         self,
-        derived: Derived,
+        derived: Derived | Callable[[], Derived],
         source: WeightSource,
         *,
         max_seqs: int,
@@ -47,43 +50,74 @@ class DerivedStep:
         recorder: Recorder,
         native: bool = False,
         rounding: Rounding = plain_rounding,
+        notes: Sequence[str] = (),
+        stored: StoredStep | None = None,
+        record: StepRecord | None = None,
     ):
-        self.not_native: tuple[str, ...] = ()
-        """Why nothing of the step is native code, where it was to be."""
-        self.in_xla: dict[str, InXla] = {}
-        """Kinds of operations, by name, that XLA computes between calls of native code, and why."""
-        if native:
-            prepared = _with_matrices(derived, recorder)
-            found = _split(prepared)
-            self.not_native = found.not_native
-            native = not self.not_native
-            derived = prepared if native else derived
-            self.in_xla = found.in_xla if native else {}
-        self._derived = derived
+        """
+        Args:
+            derived: the derived step, or what derives it when its operations are asked for, if there is a `record`.
+            notes: for the report, before the derivation's own.
+            stored: where the step is kept on disk, if it is.
+            record: of the step, if it was found there.
+        """
+        self._derive = derived if callable(derived) else None
         self._recorder = recorder
+        self._stored = stored
         self._modules: dict[int, ModuleOp] = {}
+        self._executables: dict[int, Executable] = {}
+        if record is None:
+            assert not callable(derived), "a step without a record is derived"
+            self._derived, parts = _lowerable(derived, recorder) if native else (derived, NativeParts())
+            record = StepRecord.of(self._derived, parts, notes)
+            if stored is not None:
+                stored.keep(record, self._derived.module)
+        self.record = record
+        """What the step is, without its operations."""
         self.max_seqs = max_seqs
-        self.max_seq_len = derived.max_seq_len
+        self.max_seq_len = record.max_seq_len
         self.buckets = buckets
-        main = main_function(derived.module)
+        main = main_function(record.main)
         self._attributes = signature.argument_attributes(main)
         self._args = list(main.body.block.args)
-        self._arrangement: Arrangement | None = None
+        self._arrangement = record.native.arrangement
         self.weights: tuple[Weight, ...]
         self.params: tuple[jax.Array | QuantizedArray, ...]
-        if native:
-            self._pack(main, fill(derived.module, derived.plan, source, rounding))
+        weights = fill(record.main, record.plan, source, rounding)
+        if self._arrangement is not None:
+            self._pack(self._arrangement, weights)
         else:
-            self.weights = tuple(fill(derived.module, derived.plan, source, rounding))
+            self.weights = tuple(weights)
             self.params = tuple(weight.value for weight in self.weights)
-        self.vocab_size = shape_of(signature.results(main)[0])[-1]
+        logits = record.results[0]
+        assert isinstance(logits, TensorType)
+        self.vocab_size = logits.get_shape()[-1]
         self.cache_groups = self._groups()
 
-    def _pack(self, main: FuncOp, weights: Iterator[Weight]) -> None:
-        """Parameters as the one array that native code reads, and those that XLA does."""
-        from llmir_jax.targets.cpu.weights import arrange  # here, since other targets need no LLVM
+    @property
+    def not_native(self) -> tuple[str, ...]:
+        """Why nothing of the step is native code, where it was to be."""
+        return self.record.native.not_native
 
-        self._arrangement = arrange(main)
+    @property
+    def in_xla(self) -> "Mapping[str, InXla]":
+        """Kinds of operations, by name, that XLA computes between calls of native code, and why."""
+        return self.record.native.in_xla
+
+    @cached_property
+    def _derived(self) -> Derived:
+        """The derived step with its operations: read from disk, or derived again."""
+        assert self._derive is not None and self._stored is not None
+        record = self.record
+        module = self._stored.module()
+        if module is not None:
+            length = module_length(module)
+            return Derived(module, length, self.max_seqs, record.max_seq_len, plan=record.plan)
+        derived = self._derive()
+        return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
+
+    def _pack(self, arrangement: "Arrangement", weights: Iterator[Weight]) -> None:
+        """Parameters as the one array that native code reads, and those that XLA does."""
         packed: list[Weight] = []
 
         def values() -> Iterator[jax.Array | QuantizedArray]:
@@ -92,7 +126,7 @@ class DerivedStep:
                 yield weight.value
                 packed[-1] = replace(weight, value=describe(weight.value))
 
-        packed_array, apart = self._arrangement.fill(values())
+        packed_array, apart = arrangement.fill(values())
         self.params = (packed_array, *apart)
         self.weights = tuple(packed)
 
@@ -101,11 +135,13 @@ class DerivedStep:
         """Whether the step, or most of it, is native code for this machine's CPU."""
         return self._arrangement is not None
 
-    def values(self, params: Any) -> list[Any]:
-        """The value of each of `weights`, of what `params` holds. Traceable."""
+    def stored(self, number: int) -> Stored:
+        """The value of one of `weights` as a function of what is stored of it."""
         if self._arrangement is None:
-            return list(params)
-        return self._arrangement.values(params[0], params[1:], [weight.value for weight in self.weights])
+            return stored_array(self.params[number])
+        packed, *apart = self.params
+        assert isinstance(packed, jax.Array)
+        return self._arrangement.stored(packed, apart, number, self.weights[number].value)
 
     @property
     def derived_module(self) -> ModuleOp:
@@ -168,12 +204,38 @@ class DerivedStep:
     def module(self, bucket: int) -> ModuleOp:
         """The step for `bucket` tokens, as it is compiled."""
         if bucket not in self._modules:
-            self._modules[bucket] = specialize_step(self._derived, bucket, self._recorder, self._arrangement)
+            cache = None if self._stored is None else self._stored.cache
+            self._modules[bucket] = specialize_step(self._derived, bucket, self._recorder, self._arrangement, cache)
         return self._modules[bucket]
+
+    def _executable(self, bucket: int) -> Executable:
+        """What is called for `bucket` tokens: from disk if it is there, else made of the module."""
+        if bucket in self._executables:
+            return self._executables[bucket]
+        found = None if self._stored is None else self._stored.lowered(bucket, self.native_key)
+        if found is None:
+            module = self.module(bucket)
+            found = executable(module)
+            if self._stored is not None:
+                self._stored.keep_lowered(bucket, self.native_key, module, found)
+                del module, self._modules[bucket]  # what it calls is all that is needed from now on
+            give_back()
+        self._executables[bucket] = found
+        return found
+
+    @cached_property
+    def native_key(self) -> tuple[Any, ...]:
+        """What native code depends on besides the step."""
+        if not self.is_native:
+            return ()
+        from llmir_jax.targets.cpu.host import this_host
+        from llmir_jax.targets.cpu.team import team
+
+        return this_host(), team().size
 
     def step(self, params: Any, cache: Cache, batch: StepBatch) -> tuple[jax.Array, Cache]:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""
-        module = self.module(batch.tokens.shape[0])
+        called = self._executable(batch.tokens.shape[0])
         remaining = iter(params)
         args: list[Any] = [next(remaining)] if self.is_native else []
         for index, attributes in enumerate(self._attributes):
@@ -191,8 +253,8 @@ class DerivedStep:
                 args.append(batch.block_tables[group])
             else:
                 args.append(getattr(batch, role))
-        arrays = iter(call_module(module, *args))
-        results = [self._take(arrays, value.type) for value in signature.results(main_function(self._derived.module))]
+        arrays = iter(call_executable(called, *args))
+        results = [self._take(arrays, kind) for kind in self.record.results]
         new: list[list[list[Any]]] = [[list(pair) for pair in layers] for layers in cache]
         for index, attributes in enumerate(self._attributes):
             place = _number(attributes, RESULT)
@@ -211,18 +273,18 @@ class DerivedStep:
         return next(arrays)
 
 
-def _with_matrices(derived: Derived, recorder: Recorder) -> Derived:
-    """The derived step with its float weights in the form that native code packs."""
+def _lowerable(derived: Derived, recorder: Recorder) -> tuple[Derived, NativeParts]:
+    """The derived step in the form that native code is made of, if it is, and what is native of it."""
+    from llmir_jax.targets.cpu.regions import split
+    from llmir_jax.targets.cpu.weights import arrange
     from llmir_jax.transforms.matrix_weights import MatrixWeightsPass
 
-    return replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
-
-
-def _split(derived: Derived) -> "Split":
-    """What of the step is native code."""
-    from llmir_jax.targets.cpu.regions import split
-
-    return split(main_function(derived.module))
+    prepared = replace(derived, module=recorder.run(derived.module.clone(), MatrixWeightsPass()))
+    main = main_function(prepared.module)
+    found = split(main)
+    if found.not_native:
+        return derived, NativeParts(not_native=found.not_native)
+    return prepared, NativeParts(arrangement=arrange(main), in_xla=found.in_xla)
 
 
 def _zeros(kind: Attribute) -> jax.Array:

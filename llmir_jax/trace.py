@@ -7,7 +7,7 @@ The model is any pytree of arrays or shapes (linen parameters, dicts, dataclasse
 modules in it, which are split into their structure and their state. Every array of it is an argument, used or not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,28 @@ def check_values(leaves: Sequence[Any], tree: ModelTree) -> None:
             raise LlmirError(f"the model's parameter '{path}' is a shape without values: load or initialise it")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlatForward:
+    """A forward function on a model's arrays, not traced yet."""
+
+    params: tuple[Parameter, ...]
+    flat_fn: Callable[..., list[jax.Array]]
+    """The forward on the model's arrays in order and tokens, with the leaves of its result."""
+
+
+def flatten_forward(fn: Callable[[Any, Any], Any], model: Any) -> FlatForward:
+    """The forward on arrays, of a model of arrays or shapes. Raises LlmirError, see `flatten_model`."""
+    leaves, tree = flatten_model(model)
+    return FlatForward(params=_parameters(tree.paths, map(shape_of, leaves)), flat_fn=_flat_function(fn, tree)[0])
+
+
+def _parameters(paths: Sequence[str], shapes: Iterable[jax.ShapeDtypeStruct]) -> tuple[Parameter, ...]:
+    return tuple(
+        Parameter(path=path, shape=shape.shape, dtype=np.dtype(shape.dtype))
+        for path, shape in zip(paths, shapes, strict=True)
+    )
+
+
 def trace(
     fn: Callable[[Any, Any], Any], model: Any, tokens: Any, *, platform: str | None = None, fold: bool = True
 ) -> Traced:
@@ -201,10 +223,7 @@ def trace_flat(
     _annotate(module, paths)
     return Traced(
         module=module,
-        params=tuple(
-            Parameter(path=path, shape=param.shape, dtype=np.dtype(param.dtype))
-            for path, param in zip(paths, params, strict=True)
-        ),
+        params=_parameters(paths, params),
         tokens=tokens,
         model_tree=tree,
         result=result,

@@ -119,7 +119,7 @@ def schedule(lengths: Sequence[int], max_rows: int, rng: np.random.Generator) ->
 
 def self_check(
     cached: CachedLogits,
-    forward: Callable[[Array], Array],
+    forward: Callable[[Sequence[Array]], Sequence[Array]],
     *,
     vocab_size: int,
     max_seqs: int,
@@ -128,7 +128,7 @@ def self_check(
     tolerance: float,
     seed: int,
 ) -> CheckResult:
-    """Compare; `forward(tokens [length])` gives logits [length, vocab] of the original.
+    """Compare; `forward`, of several sequences of tokens [length], gives logits [length, vocab] of the original.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or are not finite in the same places.
@@ -137,7 +137,7 @@ def self_check(
     length = min(length, cached.capacity)
     lengths = [max(1, length - 5 * i) for i in range(min(3, max_seqs))]
     sequences = [rng.integers(0, vocab_size, length).astype(np.int32) for _ in lengths]
-    expected = [forward(s) for s in sequences]
+    expected = forward(sequences)
     scale = max(float(np.abs(e[np.isfinite(e)]).max(initial=0.0)) for e in expected) or 1.0
     worst, compared = 0.0, 0
     where = (0, 0)

@@ -36,6 +36,10 @@ class WeightSource(Protocol):
     def activation_scales(self) -> Mapping[str, np.ndarray]:
         """Static scales, float32 [G] each, of what is multiplied with them, where their schemes have such."""
 
+    @property
+    def identity(self) -> str | None:
+        """Tells these parameters from any others, in other processes too; None if nothing does that costs little."""
+
     def read(self, path: str) -> jax.Array:
         """The parameter as floats."""
 
@@ -49,6 +53,7 @@ class ModelWeights:
     matrices: Mapping[str, tuple[int, int]] = {}
     stored: Mapping[str, Scheme] = {}
     activation_scales: Mapping[str, np.ndarray] = {}
+    identity: str | None = None
 
     def __init__(self, paths: Sequence[str], arrays: Sequence[jax.Array]) -> None:
         self._arrays = dict(zip(paths, arrays, strict=True))
@@ -243,27 +248,7 @@ def unread(parameters: Sequence[Parameter], weights: Sequence[Weight], source: W
     return {p.path: source.read(p.path) for p in parameters if p.path not in known}
 
 
-def dense(
-    parameters: Sequence[Parameter], weights: Sequence[Weight], values: Sequence[Any], others: Mapping[str, jax.Array]
-) -> list[jax.Array]:
-    """The forward's parameters as floats, of the `values` that the weights have and of what `unread` gives.
-
-    Traceable: inside jit it is XLA that decides how many of them are in memory at once.
-    """
-    found: dict[str, jax.Array] = dict(others)
-    quantized: dict[str, list[tuple[StoredMatrix, QuantizedArray | jax.Array]]] = {}
-    for weight, value in zip(weights, values, strict=True):
-        if not weight.pieces:
-            found[weight.path] = value
-        for piece in weight.pieces:
-            quantized.setdefault(piece.path, []).append((piece.matrix, piece.of(value)))
-    return [
-        found[parameter.path] if parameter.path in found else _assembled(parameter, quantized[parameter.path])
-        for parameter in parameters
-    ]
-
-
-def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]]) -> jax.Array:
+def assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, QuantizedArray | jax.Array]]) -> jax.Array:
     """A parameter put together from the matrices that lie in it; zeros where there is none."""
     pairs = sorted(parts, key=lambda pair: pair[0].offset)
     size = prod(parameter.shape)
@@ -273,11 +258,12 @@ def _assembled(parameter: Parameter, parts: Sequence[tuple[StoredMatrix, Quantiz
         return jnp.concatenate(list(_runs(pairs, size, parameter.dtype))).reshape(parameter.shape)
     whole = jnp.zeros(size, parameter.dtype)
     for matrix, value in pairs:
-        whole = whole.at[matrix.places()].set(_floats(value, parameter.dtype))
+        whole = whole.at[matrix.places()].set(floats(value, parameter.dtype))
     return whole.reshape(parameter.shape)
 
 
-def _floats(value: QuantizedArray | jax.Array, dtype: Any) -> jax.Array:
+def floats(value: QuantizedArray | jax.Array, dtype: Any) -> jax.Array:
+    """The value in a floating-point dtype. Traceable."""
     return value.dequantize(dtype) if isinstance(value, QuantizedArray) else value.astype(dtype)
 
 
@@ -291,7 +277,7 @@ def _runs(
         begin, length = matrix.span
         if begin > at:
             yield jnp.zeros(begin - at, dtype)
-        yield matrix.in_memory_order(_floats(value, dtype))
+        yield matrix.in_memory_order(floats(value, dtype))
         at = begin + length
     if at < size:
         yield jnp.zeros(size - at, dtype)
@@ -302,9 +288,10 @@ __all__ = [
     "ModelWeights",
     "Weight",
     "WeightSource",
-    "dense",
+    "assembled",
     "describe",
     "fill",
+    "floats",
     "read_matrix",
     "unread",
 ]

@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import pytest
 import llmir_jax as llmir
 from llmir_jax.bench.huggingface import export_huggingface
 from llmir_jax.checkpoint.smollm2 import fetch_smollm2
+from llmir_jax.disk_cache import NO_CACHE
+
+os.environ.setdefault(NO_CACHE, "1")  # a test is of what is compiled now; those of the cache say so themselves
 
 
 @pytest.fixture(scope="session")

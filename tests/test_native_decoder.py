@@ -64,7 +64,7 @@ def build(target: str, seed: int = 0, **options: Any) -> Decoder:
         {"quantize": "w4a8"},
         {"quantize": "w8a8", "kv_cache": "int8"},
         {"kv_cache": "int8"},
-        {"kv_cache": "int4", "quantize": "int4"},
+        {"kv_cache": "int4", "quantize": "w4a16"},
     ],
     ids=str,
 )

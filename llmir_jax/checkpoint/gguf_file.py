@@ -73,6 +73,10 @@ class GGUFFile:
         schemes = {name: block_scheme(t.kind) for name, t in self.tensors.items() if len(t.shape) == 2}
         self.stored: Mapping[str, Scheme] = {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
+    def forget(self, prefix: str) -> None:
+        """Drop the metadata whose names begin so, once they were read."""
+        self.metadata = {name: value for name, value in self.metadata.items() if not name.startswith(prefix)}
+
     def check(self, name: str) -> None:
         """Nothing: a tensor of a type that is not read is refused with the file."""
 

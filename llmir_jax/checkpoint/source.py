@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from llmir_jax.disk_cache import file_identity
 from llmir_jax.errors import CheckpointError
 from llmir_jax.quantization import (
     Plan,
@@ -94,6 +95,11 @@ class ParameterSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path → shape of every parameter."""
         return {path: tuple(parameter.shape) for path, parameter in self.parameters.items()}
+
+    @property
+    def identity(self) -> str | None:
+        """Tells these parameters from others and from what they were; None if not all are those of files."""
+        return None if self._replaced or self.activation_scales else file_identity([self._reader.path])
 
     @property
     def num_elements(self) -> int:

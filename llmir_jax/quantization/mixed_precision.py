@@ -27,7 +27,7 @@ The scheme may adapt: it is to be `fitted` to each matrix."""
 DEFAULT_CANDIDATES: tuple[str | Scheme, ...] = (
     Scheme(bits=4, group_size=128, adapts=True),
     Scheme(bits=4, group_size=64, adapts=True),
-    PRESETS["int4"],
+    PRESETS["w4a16"],
     PRESETS["int8"],
 )
 _BUDGETS = ("bits_per_weight", "megabytes", "kl")
@@ -69,8 +69,8 @@ class MixedPrecision:
         self.schemes()
 
     def schemes(self) -> list[Scheme]:
-        """The candidates, in their order."""
-        return [parse_scheme(candidate) for candidate in self.candidates]
+        """The candidates, in their order. What is measured is what is served: no target decides about activations."""
+        return [replace(parse_scheme(candidate), auto_activations=False) for candidate in self.candidates]
 
 
 Quantize = Rules | MixedPrecision

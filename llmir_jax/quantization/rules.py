@@ -43,6 +43,11 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.schemes)
 
+    def for_target(self, target: str | None, matrices: Mapping[str, tuple[int, int]]) -> "Plan":
+        """With what `target` decides, see `Scheme.for_target`. `matrices` are [N, K] by path."""
+        schemes = {path: scheme.for_target(target, matrices[path][1]) for path, scheme in self.schemes.items()}
+        return replace(self, schemes=schemes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Rule:
@@ -144,6 +149,7 @@ def scheme_for(scheme: Scheme, shape: tuple[int, int], path: str, stored: Mappin
         activations=scheme.activations,
         activation_group_size=scheme.activation_group_size,
         static_activations=scheme.static_activations,
+        auto_activations=scheme.auto_activations,
         adapts=scheme.adapts,
     )
     return replace(kept.fitted(shape, name=path), keeps_blocks=False)

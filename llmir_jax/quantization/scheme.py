@@ -16,13 +16,13 @@ _SHORT_KINDS: Mapping[str, Kind] = {"zp": "zero_point", "min": "minimum"}
 _SHORT_DTYPES: Mapping[str, ScaleDtype] = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 _NAME = re.compile(
     r"int(?P<bits>[48])-(?P<span>channel|tensor|g(?P<group>[1-9]\d{0,5}))(-(?P<kind>zp|min))?"
-    r"(-(?P<scale>f16|bf16|f32))?(-a8(-g(?P<a_group>[1-9]\d{0,5}))?(?P<static>-static)?)?"
+    r"(-(?P<scale>f16|bf16|f32))?(-a8(-g(?P<a_group>[1-9]\d{0,5}))?(?P<static>-static)?|(?P<auto>-auto))?"
 )
 FORMS = (
-    "'int8', 'int4', 'w8a8', 'w4a8', or spelled out: int8 or int4, then -channel, -tensor or -g<group size>, then "
-    "-zp or -min for an asymmetric one, then -f16, -bf16 or -f32 for the scales, then -a8 or -a8-g<group size> for "
-    "int8 activations, and -static for scales of these from calibration ('int8-channel', 'int4-g64', 'int4-g32-min', "
-    "'int8-g32-a8-g32')"
+    "'int8', 'int4', 'w4a16', 'w8a8', 'w4a8', or spelled out: int8 or int4, then -channel, -tensor or -g<group size>, "
+    "then -zp or -min for an asymmetric one, then -f16, -bf16 or -f32 for the scales, then -a8 or -a8-g<group size> "
+    "for int8 activations, and -static for scales of these from calibration, or -auto for activations as the "
+    "target takes them ('int8-channel', 'int4-g64', 'int4-g32-min', 'int8-g32-a8-g32')"
 )
 
 
@@ -53,6 +53,8 @@ class Scheme:
     """Elements along K of an activation that share a scale; None: a token's."""
     static_activations: bool = False
     """Whether the scales of activations come from calibration, the same for all tokens; else each token's from it."""
+    auto_activations: bool = False
+    """Whether the target decides about activations: see `for_target`."""
     adapts: bool = False
     """Whether a K that `group_size` does not divide gets smaller groups (see `fitted`), not an error."""
     keeps_blocks: bool = False
@@ -79,6 +81,10 @@ class Scheme:
         for field in ("activation_group_size", "static_activations"):
             if self.activations is None and getattr(self, field):
                 raise LlmirError(f"quantization scheme: {field} is given, but activations are not quantized")
+        if self.auto_activations and self.activations is not None:
+            raise LlmirError(
+                "quantization scheme: auto_activations leaves activations to the target: leave out the other"
+            )
 
     @property
     def name(self) -> str:
@@ -93,7 +99,7 @@ class Scheme:
     def activations_name(self) -> str:
         """The end of `name` that is about activations, such as "-a8-g32-static"; empty if they stay as they are."""
         if self.activations is None:
-            return ""
+            return "-auto" if self.auto_activations else ""
         group = "" if self.activation_group_size is None else f"-g{self.activation_group_size}"
         return f"-a8{group}{'-static' if self.static_activations else ''}"
 
@@ -128,9 +134,24 @@ class Scheme:
             activations=None,
             activation_group_size=None,
             static_activations=False,
+            auto_activations=False,
             adapts=False,
             keeps_blocks=False,
         )
+
+    def for_target(self, target: str | None, num_inputs: int) -> "Scheme":
+        """With the activations that `target` takes where that is left to it, for a matrix of so many inputs.
+
+        Native code of a CPU multiplies int4 with int8 several times faster than with floats: there, activations are
+        rounded in groups of 32. Elsewhere they stay floats.
+        """
+        if not self.auto_activations:
+            return self
+        if target != "cpu":
+            return replace(self, auto_activations=False)
+        power = min(num_inputs & -num_inputs, 32)
+        group = power if power >= 8 else None
+        return replace(self, auto_activations=False, activations="int8", activation_group_size=group)
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix [N, K] that is stored so: its integers, scales, and zero points or minima.
@@ -189,7 +210,8 @@ _INT8 = Scheme(bits=8, group_size=64, adapts=True, keeps_blocks=True)
 _INT4 = Scheme(bits=4, group_size=32, kind="minimum", adapts=True, keeps_blocks=True)
 PRESETS: Mapping[str, Scheme] = {
     "int8": _INT8,
-    "int4": _INT4,
+    "int4": replace(_INT4, auto_activations=True),
+    "w4a16": _INT4,
     # Activations have outliers: a scale a token costs ten times the error of a scale for 32 channels.
     "w8a8": replace(_INT8, group_size=32, activations="int8", activation_group_size=32),
     "w4a8": replace(_INT4, activations="int8", activation_group_size=32),
@@ -220,4 +242,5 @@ def parse_scheme(name: str | Scheme) -> Scheme:
         activations="int8" if "-a8" in name else None,
         activation_group_size=None if a_group is None else int(a_group),
         static_activations=match["static"] is not None,
+        auto_activations=match["auto"] is not None,
     )

@@ -35,6 +35,7 @@ from xdsl_jax.dialects.stablehlo.attributes import OutputOperandAlias
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects.build import tensor
+from llmir_jax.disk_cache import DiskCache
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.targets.cpu.native import NativeStep, compile_step
 from llmir_jax.targets.cpu.regions import Split, reads, split
@@ -56,6 +57,7 @@ class _Lowering:
     arrangement: Arrangement
     block: Block
     weights: BlockArgument
+    cache: DiskCache | None
     parameters: dict[SSAValue, int]
     """The numbers that the arrangement knows parameters by."""
     values: dict[SSAValue, SSAValue] = field(default_factory=dict)
@@ -116,7 +118,7 @@ class _Lowering:
             copy(op)
         region.add_op(ReturnOp(*map(inside, outputs)))
         kinds = ([arg.type for arg in region.args], [value.type for value in outputs])
-        native = compile_step(FuncOp("region", kinds, Region(region)), Arrangement(places=tuple(own)))
+        native = compile_step(FuncOp("region", kinds, Region(region)), Arrangement(places=tuple(own)), self.cache)
         aliases = [
             OutputOperandAlias(_indices([number]), IntegerAttr(operand, i64), _indices([]))
             for number, operand in native.pages.items()
@@ -137,8 +139,8 @@ class _Lowering:
         return native
 
 
-def lower_to_cpu(module: ModuleOp, arrangement: Arrangement) -> list[NativeStep]:
-    """Lower @main, in place: what it calls."""
+def lower_to_cpu(module: ModuleOp, arrangement: Arrangement, cache: DiskCache | None = None) -> list[NativeStep]:
+    """Lower @main, in place: what it calls. Object files are kept in the cache."""
     main = main_function(module)
     block = main.body.block
     found = split(main)
@@ -153,6 +155,7 @@ def lower_to_cpu(module: ModuleOp, arrangement: Arrangement) -> list[NativeStep]
         arrangement=arrangement,
         block=block,
         weights=block.insert_arg(tensor((arrangement.nbytes,), _BYTE), 0),
+        cache=cache,
         parameters=parameters,
     )
     steps = []
@@ -185,10 +188,11 @@ class LowerToCpuPass(ModulePass):
     name = "lower-to-cpu"
 
     arrangement: Arrangement | None = None
+    cache: DiskCache | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         arrangement = arrange(main_function(op)) if self.arrangement is None else self.arrangement
-        lower_to_cpu(op, arrangement)
+        lower_to_cpu(op, arrangement, self.cache)
         LowerToReferencePass().apply(ctx, op)
 
 

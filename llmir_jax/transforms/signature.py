@@ -47,11 +47,16 @@ def parameter_paths(function: FuncOp) -> list[tuple[BlockArgument, str]]:
 
 def store(function: FuncOp, attributes: Iterable[dict[str, Attribute]]) -> None:
     """Set the arguments' dictionaries, and make the function's type agree with its block and its return."""
-    function.properties["arg_attrs"] = ArrayAttr([DictionaryAttr(entry) for entry in attributes])
+    store_attributes(function, attributes)
     function.update_function_type()
     results = function.function_type.outputs.data
     if function.res_attrs is None or len(function.res_attrs.data) != len(results):
         function.properties.pop("res_attrs", None)
+
+
+def store_attributes(function: FuncOp, attributes: Iterable[dict[str, Attribute]]) -> None:
+    """Set the arguments' dictionaries, and nothing else."""
+    function.properties["arg_attrs"] = ArrayAttr([DictionaryAttr(entry) for entry in attributes])
 
 
 def sync(function: FuncOp) -> None:

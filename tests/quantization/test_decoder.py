@@ -43,7 +43,7 @@ def rounded(params: dict[str, Any], scheme: str) -> dict[str, Any]:
     return {**params, "embed": matrix(params["embed"]), "layers": layers}
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-channel", "int8-tensor", "int4", "int4-g32-zp", "int4-channel-bf16"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-channel", "int8-tensor", "w4a16", "int4-g32-zp", "int4-channel-bf16"])
 def test_weights(scheme: str) -> None:
     """The decoder computes what the forward computes of the rounded weights; each matrix has its own argument."""
     params = make_params()

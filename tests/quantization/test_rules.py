@@ -49,9 +49,9 @@ def test_one_scheme_for_all_matrices() -> None:
 def test_rules_by_path() -> None:
     made = plan({"layers/.*/mlp": "int4", "lm_head": "int8", ".*norm": None})
     assert names(made) == {
-        "layers.0.mlp.up.kernel": "int4-g32-min-f16",
-        "layers.0.mlp.down.kernel": "int4-g32-min-f16",
-        "layers.10.mlp.up.kernel": "int4-g32-min-f16",
+        "layers.0.mlp.up.kernel": "int4-g32-min-f16-auto",
+        "layers.0.mlp.down.kernel": "int4-g32-min-f16-auto",
+        "layers.10.mlp.up.kernel": "int4-g32-min-f16-auto",
         "lm_head.kernel": "int8-g32-f16",
     }
     assert made.kept["layers.0.attn_norm.scale"] == made.kept["norm.scale"] == "a rule keeps it"
@@ -80,7 +80,7 @@ def test_a_rule_matches_whole_components(rule: str, matched: set[str]) -> None:
 def test_the_first_rule_decides() -> None:
     made = plan({"layers/0": "int8", "mlp": "int4", ".*": None})
     assert names(made)["layers.0.mlp.up.kernel"] == "int8-g32-f16"
-    assert names(made)["layers.10.mlp.up.kernel"] == "int4-g32-min-f16"
+    assert names(made)["layers.10.mlp.up.kernel"] == "int4-g32-min-f16-auto"
     assert len(made.schemes) == 4
 
 
@@ -132,8 +132,8 @@ def test_what_the_checkpoint_has_quantized() -> None:
     stored = {"embed.embedding": q8, "lm_head.kernel": q4}
     made = names(plan("int4", stored=stored))
     # What a file of four bits has in eight, it has so on purpose; a file of eight bits becomes one of four.
-    assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16", "int4-g32-f16")
-    assert names(plan("int4", stored={"embed.embedding": q8}))["embed.embedding"] == "int4-g32-min-f16"
+    assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16-auto", "int4-g32-f16-auto")
+    assert names(plan("int4", stored={"embed.embedding": q8}))["embed.embedding"] == "int4-g32-min-f16-auto"
     made = names(plan("int8", stored=stored))
     assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16", "int8-g32-f16")
     assert names(plan("int4-g32-min", stored=stored))["lm_head.kernel"] == "int4-g32-min-f16"

@@ -24,6 +24,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
         scale_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
         activations=activations,
         activation_group_size=draw(st.none() | sizes) if activations else None,
+        auto_activations=activations is None and draw(st.booleans()),
     )
 
 
@@ -58,7 +59,8 @@ def test_spelled_out_names(name: str, expected: dict[str, Any]) -> None:
 def test_presets() -> None:
     assert {name: scheme.name for name, scheme in PRESETS.items()} == {
         "int8": "int8-g64-f16",
-        "int4": "int4-g32-min-f16",
+        "int4": "int4-g32-min-f16-auto",
+        "w4a16": "int4-g32-min-f16",
         "w8a8": "int8-g32-f16-a8-g32",
         "w4a8": "int4-g32-min-f16-a8-g32",
     }
@@ -71,11 +73,12 @@ def test_presets() -> None:
     "name",
     [
         *("", "int3", "fp8", "INT8 ", "int8-", "int8-g0", "int8-g064", "int8-g64-min-zp", "int8-f16-g64"),
-        *("int8-g64-a4", "int16-channel", "int8-channel-tensor", "int8-g64-a8-g0", 8, None, 4.0, b"int8", ("int8",)),
+        *("int8-g64-a4", "int16-channel", "int8-channel-tensor", "int8-g64-a8-g0", "int8-g64-a8-auto"),
+        *(8, None, 4.0, b"int8", ("int8",)),
     ],
 )
 def test_unknown_names_are_refused(name: Any) -> None:
-    with pytest.raises(LlmirError, match=r"quantize: .*'int8', 'int4', 'w8a8', 'w4a8'.*int4-g32-min") as caught:
+    with pytest.raises(LlmirError, match=r"quantize: .*'int8', 'int4', 'w4a16', .*int4-g32-min") as caught:
         parse_scheme(name)
     assert "\n" not in str(caught.value) and repr(name) in str(caught.value)
 
@@ -92,6 +95,7 @@ def test_unknown_names_are_refused(name: Any) -> None:
         ({"group_size": 32.0}, "group_size must be a whole number"),
         ({"activations": "int8", "activation_group_size": -1}, "activation_group_size must be a whole number"),
         ({"activation_group_size": 32}, "activations are not quantized"),
+        ({"activations": "int8", "auto_activations": True}, "leaves activations to the target"),
         ({"per_tensor": True}, "leave group_size out"),
         ({"bits": 4, "group_size": 3}, "an even number of them; got group_size=3"),
     ],
@@ -122,6 +126,17 @@ def test_presets_fit_themselves(name: str, k: int, weights: int | None, activati
     fitted = parse_scheme(name).fitted((5, k), name="w")
     assert (fitted.group_size, fitted.activation_group_size) == (weights, activations)
     assert not fitted.adapts and fitted.fitted((9, k), name="w") == fitted
+
+
+@pytest.mark.parametrize(("k", "group"), [(576, 32), (48, 16), (20, None)])
+def test_the_target_decides_about_activations(k: int, group: int | None) -> None:
+    scheme = parse_scheme("int4").fitted((5, k), name="w")
+    native = scheme.for_target("cpu", k)
+    assert native == parse_scheme("w4a8").fitted((5, k), name="w") and native.activation_group_size == group
+    assert scheme.for_target("reference", k) == parse_scheme("w4a16").fitted((5, k), name="w")
+    assert scheme.weight_format == native.weight_format
+    other = parse_scheme("int4-g32")
+    assert other.for_target("cpu", k) is other
 
 
 @pytest.mark.parametrize("name", ["int4", "w4a8", "int4-channel", "int4-tensor", "int4-g32-min"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from xdsl.ir import SSAValue
 
 from llmir_jax.targets.cpu.expressions import Buffer
 from llmir_jax.targets.cpu.index import Index, Var
@@ -25,6 +26,10 @@ class Root:
     emit: Callable[[Domain], tuple[str, list[Buffer]]] | None = None
     """Makes the kernel, if not of `body`; then only of rows of tokens, and of columns in multiples of `granule`."""
     granule: int = 1
+    reads: tuple[SSAValue, ...]
+    """The values that it is computed of."""
+    which: int = 0
+    """Tells it from other roots of the same stem and values."""
 
 
 Probe = Callable[[Root, Domain], list[tuple[Buffer, Index]]]

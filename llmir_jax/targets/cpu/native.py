@@ -1,13 +1,16 @@
-"""A step as a native function that XLA can call: planned, compiled, registered."""
+"""A step as a native function that XLA can call: planned, compiled, registered.
 
-import hashlib
+Its name in XLA is that of its object file, so that what another process compiled can be called by it (`restore`).
+"""
+
 from dataclasses import dataclass
 
 from xdsl.dialects.func import FuncOp
 
+from llmir_jax.disk_cache import DiskCache
 from llmir_jax.targets.cpu.ffi import handler_ir, register
 from llmir_jax.targets.cpu.host import this_host
-from llmir_jax.targets.cpu.llvm import Compiled
+from llmir_jax.targets.cpu.object_cache import KIND, Linked, object_key, object_of
 from llmir_jax.targets.cpu.plan import Planner
 from llmir_jax.targets.cpu.schedule import Plan
 from llmir_jax.targets.cpu.team import team
@@ -28,10 +31,11 @@ class NativeStep:
     plan: Plan
 
 
+PREFIX = "llmir_cpu_"
 _registered: dict[str, int] = {}
 
 
-def compile_step(main: FuncOp, arrangement: Arrangement) -> NativeStep:
+def compile_step(main: FuncOp, arrangement: Arrangement, cache: DiskCache | None = None) -> NativeStep:
     """Compile @main, of operations that `support.unsupported_reason` allows, for this machine."""
     host = this_host()
     threads = team()
@@ -39,12 +43,28 @@ def compile_step(main: FuncOp, arrangement: Arrangement) -> NativeStep:
     plan = planner.run()
     num_results = planner.num_results + 1
     text = plan.text + handler_ir(planner.num_operands, num_results)
-    name = f"llmir_cpu_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    name = PREFIX + object_key(text, host)
     if name not in _registered:
-        _registered[name] = Compiled(text, host).address("handler")
-        register(name, _registered[name])
+        _link(name, object_of(text, host, cache))
     pages = {number: buffer.offset for number, buffer in planner.page_results.items()}
     return NativeStep(target=name, scratch_bytes=plan.scratch_bytes, pages=pages, plan=plan)
 
 
-__all__ = ["NativeStep", "compile_step"]
+def restore(name: str, cache: DiskCache) -> bool:
+    """Make native code that was compiled before known to XLA; whether it is still there."""
+    if name in _registered:
+        return True
+    content = cache.read(KIND, name.removeprefix(PREFIX))
+    if content is None:
+        return False
+    team()  # which it calls
+    _link(name, content)
+    return True
+
+
+def _link(name: str, content: bytes) -> None:
+    _registered[name] = Linked(content, this_host()).address("handler")
+    register(name, _registered[name])
+
+
+__all__ = ["PREFIX", "NativeStep", "compile_step", "restore"]

@@ -14,7 +14,8 @@ stored value is a *root*. Roots become *items* of a list:
 `schedule` puts them in order and gives values their memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,7 @@ from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
 from llmir_jax.targets.cpu.loops import Loops, rows_and_columns
 from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
 from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
+from llmir_jax.targets.cpu.repeated import Repeated, Structure
 from llmir_jax.targets.cpu.roots import Matmul, Norm, follows_product, is_root_op, known_scales, weight_of
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
@@ -67,6 +69,7 @@ class Planner:
         self.module = Module(host)
         self.stored = Stored()
         self.loops = Loops(self.module, self.stored)
+        self.repeated = Repeated(self.stored)
         self.items: list[Item] = []
         self.roots: list[Root] = []
         self.keys: dict[SSAValue, set[object]] = {}
@@ -175,6 +178,7 @@ class Planner:
             target=target,
             shape=shape_of(value),
             body=self.loops.storing(value, target),
+            reads=(value,),
         )
         self.roots.append(root)
         self.pending.append((value, target))
@@ -212,6 +216,8 @@ class Planner:
                             stem="write_pages",
                             emit=writing_quantized_pages(self.loops, op, pages, which) if is_quantized else None,
                             granule=shape_of(value)[2] if is_quantized else 1,
+                            reads=(value, op.num_tokens, op.positions, op.seq_ids, op.block_tables),
+                            which=which,
                         )
                     )
             elif isinstance(op, Norm):
@@ -285,6 +291,7 @@ class Planner:
                 target=buffer,
                 shape=shape_of(value),
                 body=self.loops.storing(value, buffer),
+                reads=(value,),
             )
             self.roots.append(root)
 
@@ -296,23 +303,46 @@ class Planner:
         self.stored.buffers[op.output] = buffer
         return buffer
 
-    def _probe(self, root: Root, domain: Domain) -> list[tuple[Buffer, Index]]:
+    @contextmanager
+    def _computing(self, root: Root) -> Iterator[None]:
+        """A root computes its own value, which others read."""
         value = self.own.get(id(root.target))
         held = self.stored.buffers.pop(value) if value is not None else None
         try:
-            return list(self.loops.probe(domain, root.body(domain)))
+            yield
         finally:
             if value is not None and held is not None:
                 self.stored.buffers[value] = held
 
+    def _structure(self, root: Root, *buffers: Buffer) -> Structure:
+        return self.repeated.structure((*buffers, root.target), root.reads)
+
+    def _probe(self, root: Root, domain: Domain) -> list[tuple[Buffer, Index]]:
+        with self._computing(root):
+            return list(self.loops.probe(domain, root.body(domain)))
+
+    def _reads(self, root: Root) -> set[Buffer]:
+        """The buffers that a root reads."""
+        domain = rows_and_columns(root.shape)
+        with self._computing(root):
+            structure = self._structure(root)
+        what = ("reads", root.stem, root.which, domain.rows, domain.columns)
+        return set(self.repeated.kernel(what, structure, lambda: ("", [b for b, _ in self._probe(root, domain)]))[1])
+
     def _emit_root(self, root: Root, domain: Domain) -> tuple[str, list[Buffer]]:
-        value = self.own.get(id(root.target))
-        held = self.stored.buffers.pop(value) if value is not None else None
-        try:
+        def emit() -> tuple[str, list[Buffer]]:
             return self.loops.over(domain, root.stem, root.body(domain)) if root.emit is None else root.emit(domain)
-        finally:
-            if value is not None and held is not None:
-                self.stored.buffers[value] = held
+
+        with self._computing(root):
+            what = (root.stem, root.which, domain.rows, domain.columns)
+            return self.repeated.kernel(what, self._structure(root), emit)
+
+    def _attach(self, root: Root, product: Buffer) -> Attached | None:
+        with self._computing(root):
+            structure = self._structure(root, product)
+        what = ("attach", root.stem, root.which, root.shape, root.emit is None, root.granule)
+        found = self.repeated.fact(what, structure, lambda: attach(root, product, self._probe))
+        return None if found is None else replace(found, root=root)
 
     # Matmuls
 
@@ -320,8 +350,7 @@ class Planner:
         producers = {buffer: self.index[op] for op, buffer in matmuls}
         reads: dict[Root, set[Buffer]] = {}
         for root in self.roots:
-            domain = rows_and_columns(root.shape)
-            reads[root] = {buffer for buffer, _ in self._probe(root, domain)}
+            reads[root] = self._reads(root)
         # where the value of a root is made, if not with a matmul
         made = {root.target: root.order for root in self.roots if root.target.place == "scratch"}
         made |= {buffer: self.index[op] for op, buffer in self.stored.statistics.items()}
@@ -337,7 +366,7 @@ class Planner:
             for root in mine:
                 others = reads[root] - {product}
                 late = any(max(producers.get(buffer, -1), made.get(buffer, -1)) > self.index[op] for buffer in others)
-                found = None if late else attach(root, product, self._probe)
+                found = None if late else self._attach(root, product)
                 if found is not None:
                     attached.append(found)
             if len(attached) != len(mine) or not covers(attached, product):
@@ -353,7 +382,11 @@ class Planner:
         if key not in self.prepared:
             buffer = Buffer(shape=(), element="i8", strides=(), nbytes=inputs.nbytes)
             self.prepared[key] = buffer
-            name, buffers = prepare(self.loops, op.x, inputs, buffer, known_scales(op))
+            name, buffers = self.repeated.kernel(
+                ("prepare", inputs),
+                self.repeated.structure([buffer], [op.x, known_scales(op)]),
+                lambda: prepare(self.loops, op.x, inputs, buffer, known_scales(op)),
+            )
             columns = inputs.weight.num_columns
             self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
         return self.prepared[key]
@@ -494,7 +527,7 @@ class Planner:
                 self._attend_item(op, i)
             elif isinstance(op, Norm):
                 target = self.stored.statistics[op]
-                name, buffers = self.loops.statistics(op, target)
+                name, buffers = self._statistics(op, target)
                 shape = shape_of(op.x)
                 self._add_item(i - 0.25, name, buffers, {target}, ("rows", target.shape[0], shape[-1]))
             elif isinstance(op, stablehlo.ReduceOp):
@@ -517,6 +550,11 @@ class Planner:
                 self._add_item(i, name, buffers, {values, indices}, ("rows", domain.rows, work))
             elif isinstance(op, stablehlo.ConcatenateOp):
                 self._concatenate_items(op, i)
+
+    def _statistics(self, op: Norm, target: Buffer) -> tuple[str, list[Buffer]]:
+        structure = self.repeated.structure([target], [op.x])
+        what = (op.name, op.epsilon)
+        return self.repeated.kernel(what, structure, lambda: self.loops.statistics(op, target))
 
     def _concatenate_items(self, op: stablehlo.ConcatenateOp, i: int) -> None:
         target = self.stored.buffers[op.results[0]]
@@ -542,18 +580,23 @@ class Planner:
 
     def _attend_item(self, op: llm.AttendPagesOp, i: int) -> None:
         output = self.stored.buffers[op.output]
-        name, buffers = attention_kernel(
-            self.module,
-            self.stored,
-            op,
-            q=self.stored.buffers[op.q],
-            k_pages=self.stored.buffers[op.k_pages],
-            v_pages=self.stored.buffers[op.v_pages],
-            output=output,
-            scratch=self.partials,
-            counters=self.counters,
-            num_threads=self.num_threads,
-        )
+        structure = self.repeated.structure([output, self.partials, self.counters], op.operands)
+
+        def emit() -> tuple[str, list[Buffer]]:
+            return attention_kernel(
+                self.module,
+                self.stored,
+                op,
+                q=self.stored.buffers[op.q],
+                k_pages=self.stored.buffers[op.k_pages],
+                v_pages=self.stored.buffers[op.v_pages],
+                output=output,
+                scratch=self.partials,
+                counters=self.counters,
+                num_threads=self.num_threads,
+            )
+
+        name, buffers = self.repeated.kernel(structure.operation(op), structure, emit)
         self.items.append(
             Item(
                 order=i,

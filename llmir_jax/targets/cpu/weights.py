@@ -4,11 +4,12 @@ Quantized matrices and the weights of float matmuls are packed for the kernels (
 int32, row-major. One array, since every argument of a compiled step costs time at each call.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from xdsl.dialects.builtin import TensorType
 from xdsl.dialects.func import FuncOp
@@ -16,12 +17,14 @@ from xdsl.ir import BlockArgument, SSAValue
 from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.dense import element_dtype
+from llmir_jax.dense_parameters import Stored, key_of, stored_array
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.elementwise import is_float
 from llmir_jax.targets.cpu.layout import (
+    ROWS,
     PackedFormat,
     float_format,
     pack_floats,
@@ -70,6 +73,27 @@ class Arrangement:
         """The place of an argument of @main."""
         return next(place for place in self.places if place.argument == argument)
 
+    def as_data(self) -> dict[str, Any]:
+        """The places as what JSON holds."""
+        places = [{**asdict(place), "dtype": np.dtype(place.dtype).name} for place in self.places]
+        return {"places": places, "apart": self.apart}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "Arrangement":
+        """The inverse of `as_data`."""
+        places = tuple(
+            Place(
+                **{
+                    **place,
+                    "layout": None if place["layout"] is None else PackedFormat(**place["layout"]),
+                    "shape": tuple(place["shape"]),
+                    "dtype": jnp.dtype(place["dtype"]),
+                }
+            )
+            for place in data["places"]
+        )
+        return cls(places=places, apart=tuple(data["apart"]))
+
     def fill(self, values: Iterator[Any]) -> tuple[jax.Array, list[Any]]:
         """The array uint8[nbytes] of the parameters' values, and those that stay apart.
 
@@ -94,28 +118,48 @@ class Arrangement:
         array: jax.Array = jax.dlpack.from_dlpack(content)
         return array, kept
 
-    def values(self, content: jax.Array, apart: Sequence[Any], described: Sequence[Any]) -> list[Any]:
-        """The inverse of `fill`, for what the values are like. Traceable."""
-        found: list[Any] = []
-        places = {place.argument: place for place in self.places}
-        kept = dict(zip(self.apart, apart, strict=True))
-        for argument, value in zip(sorted({*places, *kept}), described, strict=True):
-            if argument in kept:
-                found.append(kept[argument])
-                continue
-            place = places[argument]
-            part = jax.lax.slice(content, (place.offset,), (place.offset + place.nbytes,))
-            if isinstance(value, QuantizedArray):
-                assert place.layout is not None
-                found.append(unpack_weight(part, place.layout, value))
-                continue
-            if place.layout is not None:
-                found.append(unpack_floats(part, place.layout))
-                continue
-            width = np.dtype(place.dtype).itemsize
-            parts = part.reshape(-1, width) if width > 1 else part
-            found.append(jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape))
-        return found
+    def stored(self, content: jax.Array, apart: Sequence[Any], number: int, described: Any) -> Stored:
+        """A parameter, by its number among those of `fill`, as a function of what is stored of it."""
+        argument = sorted({*self.apart, *(place.argument for place in self.places)})[number]
+        if argument in self.apart:
+            return stored_array(apart[self.apart.index(argument)])
+        place = self.of(argument)
+        whole = np.asarray(content)[place.offset : place.offset + place.nbytes]
+        return _stored(whole, place, described)
+
+
+def _stored(content: np.ndarray[Any, Any], place: Place, described: Any) -> Stored:
+    layout = place.layout
+    key = (layout, place.shape, np.dtype(place.dtype).name, key_of(described))
+
+    def rows(start: int, stop: int) -> Stored:
+        """Of a matrix; a part of a tile only at its end."""
+        assert layout is not None and start % ROWS == 0
+        begin, end = (tiles * layout.tile_bytes for tiles in (start // ROWS, -(-stop // ROWS)))
+        some = replace(place, layout=replace(layout, num_rows=stop - start), shape=(stop - start, *place.shape[1:]))
+        like = described
+        if isinstance(described, QuantizedArray):
+            like = replace(described, shape=(stop - start, described.shape[1]))
+        return _stored(content[begin:end], some, like)
+
+    return Stored(
+        arrays=content,
+        value=lambda raw: unpack(raw, place, described),
+        key=key,
+        rows=None if layout is None else rows,
+    )
+
+
+def unpack(part: jax.Array, place: Place, described: Any) -> Any:
+    """The value, described by `described`, whose bytes `part` are. Traceable."""
+    if isinstance(described, QuantizedArray):
+        assert place.layout is not None
+        return unpack_weight(part, place.layout, described)
+    if place.layout is not None:
+        return unpack_floats(part, place.layout)
+    width = np.dtype(place.dtype).itemsize
+    parts = part.reshape(-1, width) if width > 1 else part
+    return jax.lax.bitcast_convert_type(parts, place.dtype).reshape(place.shape)
 
 
 def aligned_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
