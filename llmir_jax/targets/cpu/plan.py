@@ -34,15 +34,15 @@ from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_e
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index
 from llmir_jax.targets.cpu.kernel import Kernel
-from llmir_jax.targets.cpu.layout import ROWS, PackedFormat, round_up
-from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
+from llmir_jax.targets.cpu.layout import ROWS, round_up
+from llmir_jax.targets.cpu.llvm import Module, Number, Value
 from llmir_jax.targets.cpu.loops import Loops, rows_and_columns
 from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
 from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.repeated import Repeated, Structure
 from llmir_jax.targets.cpu.roots import Matmul, Norm, follows_product, is_root_op, known_scales, weight_of
 from llmir_jax.targets.cpu.rows import Domain
-from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
+from llmir_jax.targets.cpu.schedule import Item, Plan, assemble, zeroing
 from llmir_jax.targets.cpu.selection import top_k
 from llmir_jax.targets.cpu.weights import Arrangement
 
@@ -120,15 +120,7 @@ class Planner:
             size = op.activation_group_size
             group = layout.num_columns if size is None else int(size.value.data)
             group = max(group, layout.block)
-        # of the weight only what the input's form depends on, so that several weights share one input
-        like = PackedFormat(
-            num_rows=0,
-            num_columns=layout.num_columns,
-            bits=layout.bits,
-            block=layout.block,
-            has_minima=layout.has_minima,
-            side=layout.side,
-        )
+        like = replace(layout, num_rows=0)  # what the input's form depends on: several weights share one input
         in_bfloats = layout.side == "bfloat" and dtype_of(op.x).name == "bfloat16" and self.host.has_bf16_dot
         return InputFormat(num_rows=rows, weight=like, group=group, in_bfloats=in_bfloats)
 
@@ -498,20 +490,9 @@ class Planner:
         self._add_item(root.order, name, buffers, {root.target}, ("rows", domain.rows, domain.columns))
 
     def _other_items(self) -> None:
-        zeroing = Function(self.module, [("id", "i64"), ("n", "i64"), ("b", "ptr")])
-        first = zeroing.compare("eq", zeroing.arguments["id"], 0)
         counters = self.counters
-
-        def zero() -> None:
-            def body(i: Value, carried: list[Value]) -> list[Value]:
-                zeroing.store(constant("i32", 0), zeroing.arguments["b"], zeroing.mul(i, 4), align=4)
-                return []
-
-            zeroing.loop(0, counters.nbytes // 4, 1, body)
-
-        zeroing.when(first, zero)
         if any(isinstance(op, llm.AttendPagesOp) for op in self.ops):
-            name = zeroing.finish("zero")
+            name = zeroing(self.module, counters)
             self.items.append(
                 Item(
                     order=-1,

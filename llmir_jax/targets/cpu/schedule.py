@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmir_jax.targets.cpu.expressions import Buffer
 from llmir_jax.targets.cpu.layout import round_up
-from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value
+from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
 from llmir_jax.targets.cpu.team import waiting_ir
 
 
@@ -164,4 +164,19 @@ def _share(f: Function, count: int, unit: int, id_: Value, n: Value) -> list[Num
     return bounds
 
 
-__all__ = ["Item", "Plan", "assemble"]
+def zeroing(module: Module, buffer: Buffer) -> str:
+    """A function (id, n, pointer) by which the first thread sets a buffer of i32 to zero: its name."""
+    f = Function(module, [("id", "i64"), ("n", "i64"), ("b", "ptr")])
+
+    def zero() -> None:
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            f.store(constant("i32", 0), f.arguments["b"], f.mul(i, 4), align=4)
+            return []
+
+        f.loop(0, buffer.nbytes // 4, 1, body)
+
+    f.when(f.compare("eq", f.arguments["id"], 0), zero)
+    return f.finish("zero")
+
+
+__all__ = ["Item", "Plan", "assemble", "zeroing"]
