@@ -36,6 +36,8 @@ from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
+BURST = 0.02
+"""Seconds that the tokens of one call may take while all requests decode: less than a reader sees."""
 KV_CACHES = {"int8": 8, "int4": 4}
 """Bits of quantized caches, by name."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
@@ -244,7 +246,9 @@ class Decoder:
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
-        engine = Engine(step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk)
+        engine = Engine(
+            step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk, burst=BURST
+        )
         decoder = cls(
             step=step,
             engine=engine,

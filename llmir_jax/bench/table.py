@@ -16,6 +16,7 @@ ROWS: tuple[Row, ...] = (
     ("time to first token, ms", ("ttft_ms",), ".1f"),
     ("between tokens, ms: median", ("itl_ms", "p50"), ".2f"),
     ("between tokens, ms: 99 %", ("itl_ms", "p99"), ".2f"),
+    ("until new tokens come, ms: 99 %", ("wait_ms", "p99"), ".2f"),
 )
 LAST_ROWS: tuple[Row, ...] = (
     ("peak memory, MB", ("peak_rss_mb",), ",.0f"),

@@ -1,4 +1,9 @@
-"""Requests in, tokens out: the whole engine is `step`: schedule, run, take the tokens."""
+"""Requests in, tokens out: the whole engine is `step`: schedule, run, take the tokens.
+
+Between two calls of the device lies work of the host, half a millisecond and more. While all requests decode, a call
+computes as many tokens of each as fit `burst` seconds, so that little of that work is left for each token, and nobody
+waits longer than that for the next ones. A request that ends within a call has its other tokens thrown away.
+"""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -49,6 +54,7 @@ class Engine:
         eos_token_ids: tokens that end a request unless it says ``ignore_eos``.
         prefill_chunk: the most tokens of one prompt a step computes; None for as many as the largest bucket holds.
         max_waiting: the most requests that may wait for a slot; None for no limit.
+        burst: seconds that the tokens of one call may take while all requests decode; 0 for one token a call.
     """
 
     def __init__(
@@ -59,7 +65,11 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         prefill_chunk: int | None = None,
         max_waiting: int | None = None,
+        burst: float = 0.0,
     ) -> None:
+        if not 0 <= burst < float("inf"):
+            raise RequestError(f"burst = {burst} cannot be used: give seconds, or 0 for one token a call")
+        self._burst = burst
         self._model = model
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -71,7 +81,7 @@ class Engine:
             buckets=model.buckets,
             prefill_chunk=prefill_chunk,
         )
-        self._runner = Runner(model, self._scheduler.pages)
+        self._runner = Runner(model, self._scheduler.pages, has_bursts=burst > 0)
         self._next_id = 0
         self._live: dict[int, Request] = {}  # neither finished nor cancelled
         self._readers: dict[int, UpdateReader] = {}  # of the requests that `step` reports on
@@ -135,7 +145,7 @@ class Engine:
         return self._report_on(requests[0])
 
     def step(self) -> list[RequestUpdate]:
-        """Compute one step, for all requests, and return what is new of those that `add_request` and `fork` made."""
+        """Compute one call, for all requests, and return what is new of those that `add_request` and `fork` made."""
         self._advance()
         updates = [update for reader in self._readers.values() if (update := reader.read()) is not None]
         for update in updates:
@@ -231,15 +241,18 @@ class Engine:
 
     def _advance(self) -> None:
         with self._recovering():
-            schedule = self._scheduler.schedule()
+            max_steps = self._runner.num_steps_in(self._burst) if self._burst else None
+            schedule = self._scheduler.schedule(max_steps=max_steps)
             if schedule is not None:
                 self._take(schedule, self._runner.run(schedule))
 
     def _take(self, schedule: Schedule, next_tokens: list[NextToken]) -> None:
         for chunk in schedule.chunks:
-            chunk.request.num_computed = chunk.stop
+            chunk.request.num_computed = schedule.stop(chunk)
         for next_token in next_tokens:
             request = next_token.request
+            if request.finish is not None:
+                continue  # an earlier token of this call has ended it
             if next_token.token_id is None:
                 request.finish = Finish(reason="error")
             else:

@@ -1,8 +1,9 @@
 """The device's side of the engine: the cache, the sampler's state, and the few compiled programs that change them.
 
 The programs are: the model's step with the argmax of its logits, one a bucket; the sampler, run after the step only if
-a request wants more than the argmax; the fill of a slot's seen tokens; and the copy of pages. The state is donated to
-each, so that none copies the cache. A step takes one host array in, and at most one comes back.
+a request wants more than the argmax; steps of decoding that follow each other, with the argmax or the sampler between
+them; the fill of a slot's seen tokens; and the copy of pages. The state is donated to each, so that none copies the
+cache. A call takes one host array in, or two, and at most one comes back.
 """
 
 import time
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import NDArray
 
 from llmir_jax.runtime import sampler
@@ -25,6 +27,9 @@ from llmir_jax.runtime.request import Request
 from llmir_jax.runtime.scheduler import Chunk, Schedule
 
 T = TypeVar("T")
+
+MAX_STEPS = 16
+"""The most steps of decoding in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +56,10 @@ class Runner:
     Args:
         model: the step, and the sizes of its batch.
         pages: block tables of the sequences that are scheduled.
+        has_bursts: whether schedules have steps that follow each other.
     """
 
-    def __init__(self, model: StepModel, pages: CachePages) -> None:
+    def __init__(self, model: StepModel, pages: CachePages, *, has_bursts: bool = False) -> None:
         self.compilations: list[Compilation] = []
         self._model = model
         self._pages = pages
@@ -65,6 +71,12 @@ class Runner:
             bucket: jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
             for bucket, packing in self._step_packings.items()
         }
+        self._bursts = {
+            bucket: jax.jit(partial(self._trace_burst, packing), donate_argnames=("cache", "seen"))
+            for bucket, packing in self._step_packings.items()
+            if has_bursts and bucket <= min(b for b in model.buckets if b >= min(model.max_seqs, model.buckets[-1]))
+        }
+        self._step_seconds: float | None = None  # of a step of decoding, when last measured
         self._sample = jax.jit(self._trace_sample, donate_argnames="seen")
         self._fill_seen = jax.jit(self._trace_fill_seen, donate_argnames="seen")
         self._copy_pages = jax.jit(self._trace_copy_pages, donate_argnames="cache")
@@ -80,6 +92,8 @@ class Runner:
         """
         if schedule.copies:
             self._run_copies(schedule.copies)
+        if schedule.num_steps is not None:
+            return self._run_burst(schedule, schedule.num_steps)
         logits, greedy = self._run_step(self._pack_batch(schedule), schedule.bucket)
         ending = [chunk for chunk in schedule.chunks if chunk.is_last]
         if not ending:
@@ -94,6 +108,12 @@ class Runner:
             self._next_token(chunk, *(values[name][chunk.slot] for name in sampler.SampledTokens._fields))
             for chunk in ending
         ]
+
+    def num_steps_in(self, seconds: float) -> int:
+        """How many steps of decoding fit, by the time that they took last; 1 while that is not known."""
+        if self._step_seconds is None:
+            return 1
+        return max(1, min(MAX_STEPS, int(seconds / self._step_seconds)))
 
     def run_rows(
         self,
@@ -127,6 +147,10 @@ class Runner:
             logits, _ = self._run_step(packed, bucket)
         packed, _ = self._rows_packing.allocate()
         self._run_sampler(logits, packed).block_until_ready()
+        for bucket in self._bursts:
+            buffer, _ = self._step_packings[bucket].allocate()
+            for rows in (None, packed):
+                self._call_burst(buffer, rows, bucket).block_until_ready()
         self._run_copies(())
         self._run_fill_seen(self._model.max_seqs, [])  # a slot that does not exist: nothing is filled
 
@@ -146,6 +170,32 @@ class Runner:
         call = partial(self._steps[bucket], self._model.params, cache, packed)
         logits, greedy, self._cache = self._timed("step", bucket, call)
         return logits, greedy
+
+    def _run_burst(self, schedule: Schedule, num_steps: int) -> list[NextToken]:
+        rows = None
+        if not all(chunk.request.params.is_plain_greedy for chunk in schedule.chunks):
+            for chunk in schedule.chunks:
+                self._ensure_seen(chunk)
+            rows = self._pack_rows(list(schedule.chunks))
+        packed = self._pack_batch(schedule)
+        num_traces, start = self._num_traces, time.perf_counter()
+        tokens = np.asarray(self._call_burst(packed, rows, schedule.bucket))
+        if self._num_traces == num_traces:
+            self._step_seconds = (time.perf_counter() - start) / num_steps
+        return [self._next_token(chunk, row[chunk.slot]) for row in tokens[:num_steps] for chunk in schedule.chunks]
+
+    def _call_burst(self, packed: NDArray[np.int32], rows: NDArray[np.int32] | None, bucket: int) -> jax.Array:
+        """Tokens int32[MAX_STEPS, S]. `rows` are the sampler's, None for argmaxes."""
+        cache = self._model.init_cache() if self._cache is None else self._cache
+        seen = None
+        if rows is not None:
+            seen = self._init_seen() if self._seen is None else self._seen
+        call = partial(self._bursts[bucket], self._model.params, cache, seen, packed, rows)
+        tokens: jax.Array
+        tokens, self._cache, seen = self._timed("steps" if rows is None else "steps and samples", bucket, call)
+        if seen is not None:
+            self._seen = seen
+        return tokens
 
     def _run_sampler(self, logits: jax.Array, packed: NDArray[np.int32]) -> jax.Array:
         seen = self._init_seen() if self._seen is None else self._seen
@@ -189,10 +239,50 @@ class Runner:
         self, packing: Packing, params: Any, cache: Cache, packed: jax.Array
     ) -> tuple[jax.Array, jax.Array, Cache]:
         self._num_traces += 1
+        _, batch = self._unpack_batch(packing, packed)
+        logits, cache = self._model.step(params, cache, batch)
+        return logits, sampler.greedy(logits), cache
+
+    def _trace_burst(
+        self,
+        packing: Packing,
+        params: Any,
+        cache: Cache,
+        seen: jax.Array | None,
+        packed: jax.Array,
+        packed_rows: jax.Array | None,
+    ) -> tuple[jax.Array, Cache, jax.Array | None]:
+        self._num_traces += 1
+        num_steps, first = self._unpack_batch(packing, packed)
+        rows = None if packed_rows is None else sampler.SamplingRows(**self._rows_packing.unpack(packed_rows))
+
+        def one(
+            i: jax.Array, state: tuple[jax.Array, Cache, jax.Array | None, jax.Array]
+        ) -> tuple[jax.Array, Cache, jax.Array | None, jax.Array]:
+            tokens, cache, seen, chosen = state
+            batch = first._replace(
+                tokens=tokens,
+                positions=first.positions + i,
+                seq_lens=jnp.where(first.seq_lens > 0, first.seq_lens + i, 0),
+            )
+            logits, cache = self._model.step(params, cache, batch)
+            if rows is None:
+                new = sampler.greedy(logits)
+            else:
+                assert seen is not None
+                sampled, seen = sampler.sample(logits, seen, rows._replace(token_idx=rows.token_idx + i))
+                new = sampled.token
+            return new[first.seq_ids], cache, seen, chosen.at[i].set(new)
+
+        chosen = jnp.zeros((MAX_STEPS, self._model.max_seqs), jnp.int32)
+        _, cache, seen, chosen = lax.fori_loop(0, num_steps, one, (first.tokens, cache, seen, chosen))
+        return chosen, cache, seen
+
+    def _unpack_batch(self, packing: Packing, packed: jax.Array) -> tuple[jax.Array, StepBatch]:
+        """The number of steps, and the first one's batch."""
         fields = packing.unpack(packed)
         tables = tuple(fields.pop(_table_name(idx)) for idx in range(len(self._model.cache_groups)))
-        logits, cache = self._model.step(params, cache, StepBatch(**fields, block_tables=tables))
-        return logits, sampler.greedy(logits), cache
+        return fields.pop("num_steps"), StepBatch(**fields, block_tables=tables)
 
     def _trace_sample(self, seen: jax.Array, logits: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
         self._num_traces += 1
@@ -221,6 +311,7 @@ class Runner:
                 Field(name="positions", shape=(bucket,)),
                 Field(name="seq_ids", shape=(bucket,)),
                 Field(name="num_tokens", shape=()),
+                Field(name="num_steps", shape=()),
                 Field(name="seq_lens", shape=(num_seqs,)),
                 Field(name="logits_rows", shape=(num_seqs,)),
                 *(
@@ -244,6 +335,7 @@ class Runner:
                 views[_table_name(idx)][chunk.slot] = group.table(chunk.request.request_id)
             begin = end
         views["num_tokens"][...] = begin
+        views["num_steps"][...] = schedule.num_steps or 1
         return buffer
 
     def _pack_rows(self, chunks: list[Chunk]) -> NDArray[np.int32]:

@@ -1,10 +1,11 @@
 """The next token from the logits, on the device, for all sequence slots at once.
 
 No step sorts the vocabulary: over 49,152 float32 logits a sort takes 8 ms on one core of a 2-core x86-64 server (JAX
-0.10.2), a whole draw with top-k and top-p 0.5 ms. Order-preserving integer keys of floats are bisected for the exact
-k-th largest logit (top-k) and for the exact smallest probability of the nucleus (top-p): some 30 passes that count or
-sum. The draw inverts the cumulative distribution with one uniform number, which comes from the request's seed and the
-token's index alone; so a request gets the same tokens whatever else is in the batch.
+0.10.2). Where the filters of a row keep fewer than 64 tokens, which the 64 largest logits show, the rest is done with
+these, in 0.1 ms. Otherwise order-preserving integer keys of floats are bisected for the exact k-th largest logit
+(top-k) and for the exact smallest probability of the nucleus (top-p): some 30 passes that count or sum, 0.4 ms. The
+draw inverts the cumulative distribution, in the vocabulary's order, with one uniform number, which comes from the
+request's seed and the token's index alone; so a request gets the same tokens whatever else is in the batch.
 
 Work that no row asks for (penalties, filters, log-probabilities) is skipped at run time, so one compiled program does.
 """
@@ -21,6 +22,8 @@ from llmir_jax.runtime.packing import Field, Packing
 from llmir_jax.runtime.sampling import MAX_LOGPROBS, MIN_TEMPERATURE
 
 _BLOCK = 256  # tokens a block, in the two-level draw
+_NUM_LARGEST = 64  # logits that are looked at first
+_SMALL_BLOCK = 64  # tokens a block, in two-level searches
 
 
 class SamplingRows(NamedTuple):
@@ -82,11 +85,27 @@ def pack_tokens(tokens: SampledTokens) -> jax.Array:
 
 def greedy(logits: jax.Array) -> jax.Array:
     """int32[S]: the most likely token of logits float32[S, V], the first among equals; V where a row has a NaN."""
-    # Two passes that vectorise: XLA's argmax reduces pairs, at a fifth of the speed on a CPU.
+    # One pass that vectorises, for the block: XLA's argmax reduces pairs, at a fifth of the speed on a CPU.
     vocab_size = logits.shape[-1]
-    is_max = logits == jnp.max(logits, axis=-1, keepdims=True)
-    index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.min(jnp.where(is_max, index, vocab_size), axis=-1)
+    blocks = _blocks(logits)
+    block = _first_largest(jnp.max(blocks, axis=-1))
+    chosen = jnp.minimum(block, blocks.shape[1] - 1)[:, None, None]
+    within = _first_largest(jnp.take_along_axis(blocks, chosen, axis=1)[:, 0])
+    return jnp.where(block < blocks.shape[1], block * _SMALL_BLOCK + within, vocab_size)
+
+
+def _first_largest(values: jax.Array) -> jax.Array:
+    """int32[S]: the first index of the largest of values [S, n]; n where there is a NaN."""
+    is_max = values == jnp.max(values, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    return jnp.min(jnp.where(is_max, index, values.shape[-1]), axis=-1)
+
+
+def _blocks(logits: jax.Array) -> jax.Array:
+    """[S, num_blocks, _SMALL_BLOCK] of logits [S, V], padded with -inf."""
+    padding = -logits.shape[-1] % _SMALL_BLOCK
+    padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf) if padding else logits
+    return padded.reshape(logits.shape[0], -1, _SMALL_BLOCK)
 
 
 def fill_seen(seen: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -137,7 +156,7 @@ def _draw_rows(top: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Arr
         token: jax.Array = lax.cond(
             (row.temperature >= MIN_TEMPERATURE) & (top < vocab_size),
             # Of an infinite logit there is no share of the mass to draw by.
-            lambda: jnp.where(jnp.isfinite(logits[top]), draw(weights(logits, row), _uniform(row)), vocab_size),
+            lambda: jnp.where(jnp.isfinite(logits[top]), _draw_filtered(logits, row), vocab_size),
             lambda: top,
         )
         return token
@@ -150,6 +169,58 @@ def _draw_rows(top: jax.Array, logits: jax.Array, rows: SamplingRows) -> jax.Arr
 
 
 # What follows is for one row: logits and weights float32[V], parameters scalars.
+
+
+def _draw_filtered(logits: jax.Array, row: SamplingRows) -> jax.Array:
+    uniform = _uniform(row)
+    ids, few, is_all = few_weights(logits, row)
+
+    def from_few() -> jax.Array:
+        index, _ = _pick(few, uniform * jnp.sum(few))
+        return ids[index]
+
+    token: jax.Array = lax.cond(is_all, from_few, lambda: draw(weights(logits, row), uniform))
+    return token
+
+
+def few_weights(logits: jax.Array, row: SamplingRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids int32[n], weights float32[n], is_all): those of `weights` that belong to the n largest logits, by rising id.
+
+    `is_all`: no other token has a weight, for the filters have thrown out the last of these.
+    """
+    values, ids = _largest(logits, min(_NUM_LARGEST, logits.shape[0]))
+    unfiltered = jnp.exp((values - values[0]) / row.temperature)
+    last = jnp.clip(row.top_k - 1, 0, values.shape[0] - 1)
+    kept = jnp.where((row.top_k == 0) | (values >= values[last]), unfiltered, 0.0)
+    total = lax.cond(
+        (row.top_k == 0) & (row.top_p > 0),
+        lambda: jnp.sum(jnp.exp((logits - values[0]) / row.temperature)),
+        lambda: jnp.sum(kept),
+    )
+    is_nucleus = jnp.cumsum(kept) >= row.top_p * total
+    smallest = jnp.where((row.top_p > 0) & jnp.any(is_nucleus), kept[jnp.argmax(is_nucleus)], 0.0)
+    kept = jnp.where(kept >= jnp.maximum(smallest, row.min_p), kept, 0.0)
+    # The total of more of the largest than are here is not known.
+    is_all = ((kept[-1] == 0) & (row.top_k <= values.shape[0])) | (values.shape[0] == logits.shape[0])
+    ids, kept = lax.sort_key_val(ids, kept)
+    return ids, kept, is_all
+
+
+def _largest(logits: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """The n largest logits, falling, and their ids: they lie in the n blocks with the largest maxima."""
+    blocks = _blocks(logits[None])[0]
+    if n >= blocks.shape[0]:
+        return _top_k(logits, n)
+    _, chosen = _top_k(jnp.max(blocks, axis=1), n)
+    values, places = _top_k(blocks[chosen].reshape(-1), n)
+    return values, chosen[places // _SMALL_BLOCK] * _SMALL_BLOCK + places % _SMALL_BLOCK
+
+
+def _top_k(values: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    # XLA:CPU has a quick top-k only for a sort of which nothing but the first n is read: one that sees a reader of less
+    # sorts everything, in 0.4 ms for 4,096.
+    top, ids = lax.optimization_barrier(lax.top_k(values, n))
+    return top, ids
 
 
 def weights(logits: jax.Array, row: SamplingRows) -> jax.Array:

@@ -5,6 +5,9 @@ of prompts, in the order of arrival: one flat batch, padded to a bucket. A waiti
 room for all of its tokens. When a running one finds no page, the youngest running request gives its pages back and
 waits; later its tokens are computed again, so preemption costs time and changes no token. The oldest request can always
 go on, hence so does the whole.
+
+Where all running requests decode, one call may compute several tokens of each, one after another: as many as it is told
+if no request ends before, and if there are pages for them without a preemption.
 """
 
 import bisect
@@ -31,11 +34,20 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One step: the page copies to make first, then the chunks side by side, padded to ``bucket`` rows."""
+    """One call: the page copies to make first, then the chunks side by side, padded to ``bucket`` rows.
+
+    With ``num_steps`` every chunk is a request's last token, and that many steps follow each other, each with the token
+    that the one before has sampled. None: one step, after which the last token's log-probabilities are known too.
+    """
 
     copies: tuple[PageCopy, ...]
     chunks: tuple[Chunk, ...]
     bucket: int
+    num_steps: int | None = None
+
+    def stop(self, chunk: Chunk) -> int:
+        """The end of what the call computes of a request."""
+        return chunk.stop + (self.num_steps or 1) - 1
 
 
 class Scheduler:
@@ -109,8 +121,8 @@ class Scheduler:
         self.waiting = requests
         self._free_slots = list(range(self._max_seqs))
 
-    def schedule(self) -> Schedule | None:
-        """Choose the next step and reserve its pages. None if there is no request."""
+    def schedule(self, *, max_steps: int | None = None) -> Schedule | None:
+        """Choose the next step, or up to `max_steps` of decoding, and reserve pages. None if there is no request."""
         for request in self.running:
             self.pages.slide(request.request_id, request.num_computed)
         chunks: list[Chunk] = []
@@ -128,7 +140,29 @@ class Scheduler:
             assert not self.waiting and not self.running, "a request that fits an empty cache is always let in"
             return None
         bucket = self._bucket_for(sum(chunk.stop - chunk.start for chunk in chunks))
-        return Schedule(copies=tuple(copies), chunks=tuple(chunks), bucket=bucket)
+        num_steps = None
+        if max_steps is not None and all(chunk.is_last and chunk.start + 1 == chunk.stop for chunk in chunks):
+            num_steps = self._choose_steps(chunks, max_steps)
+        if num_steps is not None:
+            for chunk in chunks:
+                copies += self.pages.reserve(chunk.request.request_id, chunk.stop, chunk.start + num_steps)
+        return Schedule(copies=tuple(copies), chunks=tuple(chunks), bucket=bucket, num_steps=num_steps)
+
+    def _choose_steps(self, chunks: list[Chunk], most: int) -> int | None:
+        """How many steps of decoding can follow each other; None where each step's log-probabilities are wanted."""
+        if any(chunk.request.params.logprobs is not None for chunk in chunks):
+            return None
+        num_steps = min(most, *(chunk.request.max_new_tokens - chunk.request.num_generated for chunk in chunks))
+        while num_steps > 1 and not self._has_pages(chunks, num_steps):
+            num_steps //= 2
+        return max(num_steps, 1)
+
+    def _has_pages(self, chunks: list[Chunk], num_steps: int) -> bool:
+        """Whether so many steps find pages, after those that the first has taken."""
+        return all(
+            sum(group.num_needed(c.request.request_id, c.stop, c.start + num_steps) for c in chunks) <= group.num_free
+            for group in self.pages.groups
+        )
 
     def _bucket_for(self, num_rows: int) -> int:
         return next((size for size in self._buckets if size >= num_rows), self._buckets[-1])

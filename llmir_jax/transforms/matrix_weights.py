@@ -7,9 +7,10 @@
     %product = llm.linear %x, %w {transpose_w = true}
     %y = stablehlo.add %product, %bias
 
-So a target that packs weights finds all of them in one form, as those that ``weight-quantization`` made. Gated MLPs are
-taken apart into their linear layers, and linear layers of one input become one, its weight the rows of all
-(`llmir.parts`), as ``quantized-operation-fusion`` does. What reads a parameter in another way keeps it as it is.
+A weight of 16-bit floats that is multiplied in float32 is widened where it is read. So a target that packs weights
+finds all of them in one form, as those that ``weight-quantization`` made. Gated MLPs are taken apart into their linear
+layers, and linear layers of one input become one, its weight the rows of all (`llmir.parts`), as
+``quantized-operation-fusion`` does. What reads a parameter in another way keeps it as it is.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from llmir_jax.dialects import llm, stablehlo_ext
 from llmir_jax.dialects.build import OpBuilder, dense_i64, shape_of, tensor, type_of
 from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.transforms import signature
-from llmir_jax.transforms.matching import precision
+from llmir_jax.transforms.matching import precision, widens
 from llmir_jax.transforms.quantized_operation_fusion import argument_parts
 from llmir_jax.transforms.weight_quantization import COLUMNS, OFFSET, PARTS, ROWS, WeightUse, find_uses
 
@@ -114,11 +115,13 @@ def _add_argument(main: FuncOp, parameter: BlockArgument, matrix: StoredMatrix, 
 
 def _extract(main: FuncOp, parameter: BlockArgument, uses: Sequence[WeightUse]) -> None:
     arguments: dict[tuple[StoredMatrix, Attribute], BlockArgument] = {}
+    stored = type_of(parameter).get_element_type()
     for use in uses:
-        key = use.matrix, _element_of(use.op)
+        wanted = _element_of(use.op)
+        key = use.matrix, stored if widens(stored, wanted) else wanted
         if key not in arguments:
             arguments[key] = _add_argument(main, parameter, *key)
-        use.replace(arguments[key])
+        use.replace(OpBuilder(use.op).convert(arguments[key], wanted))
 
 
 def _element_of(op: Operation) -> Attribute:
@@ -132,8 +135,10 @@ def extract_matrices(module: ModuleOp) -> None:
     """Give every matrix of floats that a linear layer reads an argument of its own, in place."""
     main = main_function(module)
     tokens = next(iter(signature.arguments(main, "tokens")), None)
+    attributes = signature.argument_attributes(main)
+    done = {arg for arg in main.body.block.args if attributes[arg.index].keys() & {ROWS, PARTS}}
     for parameter, _ in signature.parameter_paths(main):
-        if not isinstance(parameter.type, TensorType) or precision(parameter.type) is None:
+        if not isinstance(parameter.type, TensorType) or precision(parameter.type) is None or parameter in done:
             continue
         found = find_uses(parameter, tokens)
         uses = [use for use in found if isinstance(use, WeightUse)]

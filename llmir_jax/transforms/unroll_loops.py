@@ -65,9 +65,13 @@ _MAX_FOLDED_ELEMENTS = 16
 
 
 def constant_of(value: SSAValue) -> np.ndarray[Any, Any] | None:
-    """The array of a constant operation's result, or None."""
-    if isinstance(value.owner, stablehlo.ConstantOp):
-        return np.asarray(dense_to_numpy(value.owner.value))
+    """The array of a constant operation's result, or of a short iota's; or None."""
+    op = value.owner
+    if isinstance(op, stablehlo.ConstantOp):
+        return np.asarray(dense_to_numpy(op.value))
+    if isinstance(op, stablehlo.IotaOp) and np.prod(shape_of(value)) <= _MAX_FOLDED_ELEMENTS:
+        shape, dim = shape_of(value), op.iota_dimension.value.data
+        return np.asarray(np.indices(shape)[dim].astype(dtype_of(value)))
     return None
 
 

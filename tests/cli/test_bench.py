@@ -31,7 +31,7 @@ for i, line in enumerate(sys.stdin):
     if request["measure"] == "batch": say({{"batch_tok_s": 10 * n, "peak_rss_mb": 1}})
     elif request["measure"] == "first": say({{"ttft_ms": 1}})
     else: say({{"decode_tok_s": n, "prefill_tok_s": n, "ttft_ms": n, "itl_ms": {{"p50": n, "p99": n}},
-                "peak_rss_mb": n}})
+                "wait_ms": {{"p50": n, "p99": n}}, "peak_rss_mb": n}})
 """
 
 
@@ -67,7 +67,8 @@ def test_the_numbers(run: Run, chat_model: Path, fake: Path, tmp_path: Path) -> 
     for name in ("decode_tok_s", "prefill_tok_s", "ttft_ms", "context_decode_tok_s", "sampled_decode_tok_s"):
         assert found[name] == close(median(each[name] for each in rounds["single"])) and found[name] > 0
     for name in ("p50", "p99"):
-        assert found["itl_ms"][name] == close(median(each["itl_ms"][name] for each in rounds["single"]))
+        for what in ("itl_ms", "wait_ms"):
+            assert found[what][name] == close(median(each[what][name] for each in rounds["single"]))
     assert found["itl_ms"]["p50"] <= found["itl_ms"]["p99"]
     batches = {n: median(each["batch_tok_s"] for each in rounds[f"batch {n}"]) for n in ("2", "3")}
     assert found["batch_tok_s"] == close(batches)
@@ -119,12 +120,13 @@ def test_the_table(run: Run, data_path: Path, fake: Path) -> None:
         "time to first token, ms",
         "between tokens, ms: median",
         "between tokens, ms: 99 %",
+        "until new tokens come, ms: 99 %",
         "2 sequences at once, tokens/s",
         "peak memory, MB",
         "weights, MB",
         "KV cache, MB",
     ]
-    assert cells[0][3].startswith("2.0 (") and cells[0][2].endswith("×)") and cells[7][2:] == ["", ""]
+    assert cells[0][3].startswith("2.0 (") and cells[0][2].endswith("×)") and cells[8][2:] == ["", ""]
     rest = "\n".join(row for row in rows if not row.startswith("|"))
     assert "(float32) on cpu" in rest and "medians of 1 round; × is llmir divided by the other." in rest
     assert "Decode reads" in rest and "prefill computes" in rest and rest.endswith(".")
@@ -165,7 +167,12 @@ def test_what_is_measured() -> None:
         "prefill_tok_s": pytest.approx(100),
         "ttft_ms": pytest.approx(100),
         "itl_ms": {"p50": pytest.approx(100), "p99": pytest.approx(500)},
+        "wait_ms": {"p50": pytest.approx(100), "p99": pytest.approx(500)},
         "context_decode_tok_s": pytest.approx(4 / 0.8),
+    }
+    assert protocol.between_tokens([1.0, 1.25, 1.25, 1.5]) == {  # two that come together share a quarter of a second
+        "itl_ms": {"p50": 125, "p99": 250},
+        "wait_ms": {"p50": 250, "p99": 250},
     }
     assert protocol.measure(Clock(), {"measure": "batch", "prompts": [[1], [2]], "new": 3}) == {"batch_tok_s": 3.0}
     assert protocol.percentile([3, 1, 2, 4], 50) == 2 and protocol.percentile([5.0], 99) == 5

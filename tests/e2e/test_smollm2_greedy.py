@@ -72,8 +72,8 @@ def test_answers_a_question(smollm2: llmir.Loaded) -> None:
 
 @pytest.mark.slow
 def test_the_blocks_of_the_file(smollm2: llmir.Loaded) -> None:
-    """ "int4" keeps the file's own blocks, so the outputs are those of float32."""
-    decoder = decoder_of(smollm2, page_size=16, max_seqs=len(CASES), buckets=(len(CASES), 128), quantize="int4")
+    """ "w4a16" keeps the file's own blocks, so the outputs are those of float32."""
+    decoder = decoder_of(smollm2, page_size=16, max_seqs=len(CASES), buckets=(len(CASES), 128), quantize="w4a16")
     report = decoder.report()
     assert report.self_check.startswith("passed")
     kinds = {text.split("[")[0] for text in report.parameters.values()}

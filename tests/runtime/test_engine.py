@@ -116,10 +116,10 @@ def test_requests_that_come_while_others_run(engine: Engine):
 # Too few pages
 
 
-@pytest.fixture(scope="module")
-def small_engine() -> Engine:
+@pytest.fixture(scope="module", params=[0.0, 10.0], ids=["one", "several"])
+def small_engine(request: pytest.FixtureRequest) -> Engine:
     """Pages for one and a half long sequences, with a window group that only works because pages are given back."""
-    return Engine(TinyDecoder(num_pages=(24, 9), buckets=(16,)))
+    return Engine(TinyDecoder(num_pages=(24, 9), buckets=(16,)), burst=request.param)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=30), SAMPLED], ids=["greedy", "sampled"])

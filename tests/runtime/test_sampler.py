@@ -49,6 +49,7 @@ def numpy_weights(logits: np.ndarray, *, temperature=1.0, top_k=0, top_p=0.0, mi
 
 
 weights_of = jax.jit(sampler.weights)
+few_weights_of = jax.jit(sampler.few_weights)
 draw_of = jax.jit(sampler.draw)
 sample_of = jax.jit(sampler.sample)
 
@@ -92,6 +93,27 @@ def test_filters_keep_what_sorting_keeps(seed, kind, temperature, top_k, top_p, 
     assert got.max() == 1
     if kind != "ties":
         np.testing.assert_array_equal(got > 1e-30, expected > 1e-30)
+
+    ids, few, is_all = few_weights_of(logits, row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+    if kind == "random" and temperature >= 0.7:  # so that no weight is too small for a float
+        assert bool(is_all) == (top_k <= len(few) and (expected > 0).sum() < len(few))
+    if is_all:
+        scattered = np.zeros(VOCAB)
+        scattered[ids] = few
+        np.testing.assert_allclose(scattered, expected, rtol=1e-4, atol=1e-30)
+        assert (np.diff(ids) > 0).all()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 63, 97, 4097, 5000, 49_152])
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_the_largest_are_those_of_a_sort(vocab_size: int, kind: str):
+    logits = np.random.default_rng(vocab_size).normal(size=vocab_size).astype(np.float32) * 3
+    if kind == "ties":
+        logits = np.round(logits)
+    values, ids = jax.jit(sampler._largest, static_argnums=1)(logits, min(64, vocab_size))
+    np.testing.assert_array_equal(values, np.sort(logits)[::-1][:64])
+    np.testing.assert_array_equal(logits[ids], values)
+    assert len(set(ids.tolist())) == len(ids)
 
 
 @settings(max_examples=150, deadline=None)

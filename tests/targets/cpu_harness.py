@@ -2,7 +2,7 @@
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from llmir_jax.interop import call_module, lower_to_module, make_context
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.ffi import handler_ir
 from llmir_jax.targets.cpu.host import Host, this_host
-from llmir_jax.targets.cpu.llvm import Compiled, assembly
+from llmir_jax.targets.cpu.llvm import Compiled, assembly, object_code
 from llmir_jax.targets.cpu.plan import Planner
+from llmir_jax.targets.cpu.regions import split
 from llmir_jax.targets.cpu.support import reasons
 from llmir_jax.targets.cpu.team import team
 from llmir_jax.targets.cpu.weights import arrange
@@ -48,7 +49,7 @@ class Guarded:
             assert _libc.mprotect(place, PAGE, 0) == 0
         self._unguard = [base, base + PAGE + size]
 
-    def release(self) -> None:
+    def __del__(self) -> None:  # else the memory would be freed as it is
         for place in self._unguard:
             _libc.mprotect(place, PAGE, 3)
 
@@ -87,8 +88,8 @@ def run_reference(module: ModuleOp, values: Sequence[Any]) -> list[np.ndarray]:
 
 def compiled_text(module: ModuleOp, host: Host, num_threads: int) -> tuple[str, Planner]:
     main = main_function(module)
-    assert reasons(main) == []
-    planner = Planner(main, arrange(main), host, num_threads)
+    assert reasons(main, host) == []
+    planner = Planner(main, arrange(main, split(main, host)), host, num_threads)
     return planner.run().text, planner
 
 
@@ -96,11 +97,21 @@ def run_native(
     module: ModuleOp, values: Sequence[Any], *, host: Host | None = None, repeats: int = 1
 ) -> list[np.ndarray]:
     """The same by native code. Page arrays that are written are the arguments themselves."""
+    run = prepared_run(module, values, host=host)
+    for _ in range(repeats):
+        found = run()
+    return found
+
+
+def prepared_run(
+    module: ModuleOp, values: Sequence[Any], *, host: Host | None = None
+) -> Callable[[], list[np.ndarray]]:
+    """Compiles @main; what comes back runs it on the values, in memory of its own."""
     module = module.clone()
     main = main_function(module)
     workers = team()
     host = host or this_host()
-    arrangement = arrange(main)
+    arrangement = arrange(main, split(main, host))
     planner = Planner(main, arrangement, host, workers.size)
     plan = planner.run()
     num_results = planner.num_results + 1
@@ -123,13 +134,14 @@ def run_native(
     scratch = np.random.default_rng().integers(0, 256, max(plan.scratch_bytes, 1), np.uint8)
     buffers.append(Guarded(scratch))
     table = (ctypes.c_void_p * len(buffers))(*[buffer.address for buffer in buffers])
-    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address("run"))
-    for _ in range(repeats):
-        run(table)
-    found = [np.array(results[number].array) for number in sorted(results)]
-    for buffer in buffers:
-        buffer.release()
-    return found
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address("run"))
+
+    def run() -> list[np.ndarray]:
+        assert len(buffers) == len(table)  # the table holds their addresses: they stay as long as this does
+        call(table)
+        return [np.array(results[number].array) for number in sorted(results)]
+
+    return run
 
 
 _RUN = """
@@ -143,6 +155,7 @@ define void @run(ptr %table) {
 def native_assembly(module: ModuleOp, host: Host) -> str:
     """Assembly for a machine that need not be this one."""
     text, _ = compiled_text(module, host, 4)
+    assert object_code(text, host)
     return assembly(text, host)
 
 
@@ -152,4 +165,4 @@ def with_matrices(module: ModuleOp) -> ModuleOp:
     return module
 
 
-__all__ = ["Guarded", "native_assembly", "of", "parse", "run_native", "run_reference", "with_matrices"]
+__all__ = ["Guarded", "native_assembly", "of", "parse", "prepared_run", "run_native", "run_reference", "with_matrices"]

@@ -11,7 +11,7 @@ from llmir_jax.targets.cpu.host import Host
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("host", hosts(), ids=str)
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.cpu)
 def test_rounding(host: Host, dtype: str) -> None:
     """To nearest even, NaN and infinity kept; numbers too small for a normal bfloat16 may become zero."""
     if dtype == "float16" and not host.has_half:

@@ -6,7 +6,7 @@ import pytest
 from cpu_harness import native_assembly, parse, run_native, run_reference
 
 from llmir_jax.quantization import parse_scheme, quantize
-from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host, make_host, this_host
+from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host, runs_here, this_host
 from llmir_jax.targets.cpu.layout import (
     float_format,
     pack_floats,
@@ -35,17 +35,9 @@ CASES = [
 
 
 def hosts() -> list[Host]:
-    """This machine, and the same with fewer instructions than it has."""
+    """This machine, and those with fewer instructions that it can stand for."""
     own = this_host()
-    found = {own.dot: own}
-    if own.triple.startswith("x86_64"):
-        has_avx2 = "+avx2" in own.features and "+f16c" in own.features
-        if has_avx2:
-            host = make_host(own.triple, "haswell", "+avx2,+fma,+f16c")
-            found[host.dot] = host
-        host = make_host(own.triple, "x86-64", "+sse2")
-        found[host.dot] = host
-    return list(found.values())
+    return [own, *(host for host in KNOWN_HOSTS.values() if runs_here(host) and host.cpu != own.cpu)]
 
 
 def make(scheme: str, n: int, k: int, rows: int, group: int | None, seed: int):
@@ -63,7 +55,7 @@ def make(scheme: str, n: int, k: int, rows: int, group: int | None, seed: int):
     return parse(text), [weight, x]
 
 
-@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.dot)
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.cpu)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_quantized_matmul(case, host: Host) -> None:
     module, values = make(*case, seed=np.random.default_rng().integers(1 << 30))
@@ -90,7 +82,15 @@ def test_scales_known_before() -> None:
 @pytest.mark.parametrize("name", KNOWN_HOSTS)
 def test_compiles_for(name: str) -> None:
     module, _ = make("int4-g32-min", 40, 64, 3, 32, seed=0)
-    instruction = {"avx512": "vpdpbusd", "avx2": "vpmaddubsw", "neon": "sdot"}.get(name, "")
+    instruction = {
+        "avx512": "vpdpbusd",
+        "avx512-bf16": "vpdpbusd",
+        "avx-vnni": "vpdpbusd",
+        "avx2": "vpmaddubsw",
+        "neon": "sdot",
+        "neon-bf16": "sdot",
+        "apple": "sdot",
+    }.get(name, "")
     assert instruction in native_assembly(module, KNOWN_HOSTS[name])
 
 
@@ -99,7 +99,7 @@ ELEMENTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 50), (5, 97, 51), (13, 16, 64)], ids=str)
 @pytest.mark.parametrize("dtype", ELEMENTS)
-@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.dot)
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.cpu)
 def test_float_matmul(rows: int, n: int, k: int, dtype: str, host: Host) -> None:
     if dtype == "float16" and not host.has_half:
         pytest.skip("a machine without float16 instructions leaves such products to XLA")

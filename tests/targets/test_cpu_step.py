@@ -25,6 +25,8 @@ FUNCTIONS = {
     "rows": lambda x, y, i: x[jnp.clip(i[:, 0], 0, 2)] + y,
     "matrices": lambda x, y, i: x @ y.T + jnp.einsum("ab,ab->a", x, y)[:, None],
     "iota": lambda x, y, i: x + jnp.arange(x.shape[1]) * 2.0 + jnp.arange(x.shape[0])[:, None],
+    "top_k": lambda x, y, i: jax.lax.top_k(x + y, 5)[0][:, :1] + x * jax.lax.top_k(i, 3)[1][:, 2:] * 1.0,
+    "moved": lambda x, y, i: jax.lax.dynamic_slice(x, (i[0, 0], i[0, 1]), (1, 9)).sum() + y,
     "expm1": lambda x, y, i: jnp.expm1(x / 100) + jnp.log1p(jnp.abs(y) / 100) + jax.nn.sigmoid(x),
 }
 

@@ -3,7 +3,8 @@
     decode_tok_s    `new` tokens after the first, divided by the seconds they took; one sequence, greedy
     prefill_tok_s   tokens of the prefill prompt, divided by the seconds until the token that follows it
     ttft_ms         from giving the prompt to having the first token
-    itl_ms          between one token and the next: {"p50", "p99"}
+    itl_ms          between one token and the next: {"p50", "p99"}; those that come together share the time before them
+    wait_ms         between tokens and the next ones that come, several or one: {"p50", "p99"}
     batch_tok_s     tokens of all sequences once each has its first one, divided by the seconds they took
 
 Only the standard library is imported here, since a baseline's interpreter has none of what LLMIR needs. The scripts
@@ -49,13 +50,23 @@ def measure(engine: Engine, request: Message) -> Message:
         num_tokens, seconds = engine.batch(request["prompts"], new)
         return {"batch_tok_s": num_tokens / seconds}
     times = engine.token_times(request["prompt"], new + 1)
-    gaps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
     found: Message = {"decode_tok_s": decode_speed(times)}
     found["prefill_tok_s"] = len(request["prefill"]) / engine.token_times(request["prefill"], 1)[0]
-    found |= {"ttft_ms": 1e3 * times[0], "itl_ms": {"p50": percentile(gaps, 50), "p99": percentile(gaps, 99)}}
+    found |= {"ttft_ms": 1e3 * times[0]} | between_tokens(times)
     if request.get("context"):
         found["context_decode_tok_s"] = decode_speed(engine.token_times(request["context"], new + 1))
     return found
+
+
+def between_tokens(times: Sequence[float]) -> Message:
+    """`itl_ms` and `wait_ms`."""
+    arrivals = [(time, len(list(together))) for time, together in itertools.groupby(times)]
+    waits = [1e3 * (after[0] - before[0]) for before, after in itertools.pairwise(arrivals)]
+    shares = [wait / count for wait, (_, count) in zip(waits, arrivals[1:], strict=True) for _ in range(count)]
+    return {
+        name: {"p50": percentile(values, 50), "p99": percentile(values, 99)}
+        for name, values in (("itl_ms", shares), ("wait_ms", waits))
+    }
 
 
 def decode_speed(times: Sequence[float]) -> float:

@@ -1,13 +1,13 @@
 """The CPU target: a whole step as one native function, generated as LLVM IR and called through XLA's FFI.
 
-support.py         which operations have native code
+support.py         which operations have native code; regions.py: what splits a step
 plan.py            which values are stored, what makes them; attached.py: what is done where a product is computed
 schedule.py        order, barriers, memory; the main function
 expressions.py     any region of elementwise and layout operations as the body of a loop; elementwise.py: instructions
 loops.py rows.py   loops: storing, reductions, norms; pages.py activations.py: pages, rounding of activations
 matmul.py          products with packed weights
-attention.py       attention to pages in place
-index.py elementary.py index maps; exp, tanh, sin …
+attention.py       attention to pages in place; selection.py: the largest elements of a row
+index.py elementary.py index maps; exp, tanh, sin …; halves.py: floats of 16 bits
 layout.py          how a weight lies in memory; weights.py: where
 llvm.py host.py    LLVM IR and its compilation; what the machine has
 team.py ffi.py     threads and barriers; how XLA calls the step

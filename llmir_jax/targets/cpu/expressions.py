@@ -31,7 +31,7 @@ from llmir_jax.targets.cpu.elementwise import (
     rounded,
 )
 from llmir_jax.targets.cpu.halves import WIDTHS, widen
-from llmir_jax.targets.cpu.host import this_host
+from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, linear, unravel
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat
 from llmir_jax.targets.cpu.llvm import Function, Number, Value, constant, constants, element_of, vector
@@ -242,6 +242,14 @@ class Evaluator:
         assert isinstance(bounded, Value)
         return dynamic(bounded, size)
 
+    def _dynamic_slice(self, op: stablehlo.DynamicSliceOp, indices: list[Index]) -> Value:
+        sizes = zip(shape_of(op.operand), shape_of(op.result), strict=True)
+        starts = [
+            self._dynamic(start, [], whole - taken + 1) if whole > taken else Index()
+            for start, (whole, taken) in zip(op.start_indices, sizes, strict=True)
+        ]
+        return self.at(op.operand, [index + start for index, start in zip(indices, starts, strict=True)])
+
     def _gather(self, op: stablehlo.GatherOp, indices: list[Index]) -> Value:
         dim = row_gather(op)
         assert dim is not None
@@ -332,6 +340,7 @@ _Handler = Callable[[Evaluator, Any, list[Index]], Value]
 _HANDLERS: dict[type[Operation], _Handler] = {
     stablehlo.ConstantOp: Evaluator._dense,
     stablehlo.IotaOp: Evaluator._iota,
+    stablehlo.DynamicSliceOp: Evaluator._dynamic_slice,
     stablehlo.GatherOp: Evaluator._gather,
     llm.QuantizedGatherOp: Evaluator._quantized_gather,
     llm.RMSNormOp: Evaluator._rms_norm,
@@ -358,16 +367,16 @@ def _through(op: Operation, indices: list[Index]) -> list[Index]:
     return [index * stride + start for index, start, stride in zip(indices, starts, strides, strict=True)]
 
 
-def unsupported_reason(op: Operation) -> str | None:
+def unsupported_reason(op: Operation, host: Host) -> str | None:
     """Why an operation cannot be part of a region of elementwise operations; None if it can."""
     for value in (*op.operands, *op.results):
         if not isinstance(value.type, TensorType):
             continue
         name = dtype_of(value).name
         if name not in ELEMENTS or (name in STORED_ONLY and not is_cheap(op)):
-            return f"{op_name(op)} at {location(op)}: {name} is not computed natively yet"
-        if name == "float16" and not this_host().has_half:
-            return f"{op_name(op)} at {location(op)}: float16 on a machine without float16 instructions"
+            return f"{op_name(op)} at {location(op)}: of {name}"
+        if name == "float16" and not host.has_half:
+            return f"{op_name(op)} at {location(op)}: of float16 on a machine without instructions for it"
     if isinstance(op, stablehlo.GatherOp):
         return None if row_gather(op) is not None else f"{op_name(op)} at {location(op)}: takes no whole rows"
     if type(op) in _HANDLERS or isinstance(op, _VIEWS):

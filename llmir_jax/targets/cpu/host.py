@@ -9,7 +9,7 @@ import llvmlite.binding as binding
 
 from llmir_jax.errors import LlmirError
 
-Dot = Literal["avx512-vnni", "avx2", "neon-dotprod", "generic"]
+Dot = Literal["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "generic"]
 """How four products of 8-bit integers are added up: the instruction, or plain arithmetic."""
 
 THREADS = "LLMIR_NUM_THREADS"
@@ -39,8 +39,20 @@ class Host:
         """Whether threads wait on futexes."""
         return "linux" in self.triple
 
+    @property
+    def is_apple(self) -> bool:
+        """Whether threads wait on the kernel's addresses as libc++ does there."""
+        return "apple" in self.triple
+
     def __str__(self) -> str:
-        return f"{self.cpu} ({self.dot}, vectors of {32 * self.lanes} bits)"
+        parts = [self.dot, f"vectors of {32 * self.lanes} bits"]
+        if self.has_bf16:
+            parts.insert(1, "bfloat16 instructions")
+        if self.dot == "generic":
+            lacking = {"x86_64": "AVX2 with FMA and F16C", "aarch64": "the dot products of Armv8.2"}
+            kind = "aarch64" if self.triple.startswith("arm64") else self.triple.split("-")[0]
+            parts[0] = f"the generic path{f', since it lacks {lacking[kind]}' if kind in lacking else ''}"
+        return f"{self.cpu} ({', '.join(parts)})"
 
 
 def make_host(triple: str, cpu: str, features: str) -> Host:
@@ -51,7 +63,7 @@ def make_host(triple: str, cpu: str, features: str) -> Host:
             dot: Dot = "avx512-vnni"
             lanes = 16
         elif {"avx2", "fma", "f16c"} <= on:
-            dot, lanes = "avx2", 8
+            dot, lanes = "avx-vnni" if "avxvnni" in on else "avx2", 8
         else:
             dot, lanes = "generic", 4
         return Host(
@@ -73,6 +85,7 @@ def make_host(triple: str, cpu: str, features: str) -> Host:
         dot="neon-dotprod" if is_arm and "dotprod" in on else "generic",
         has_fma=is_arm,
         has_half=is_arm,
+        has_bf16=is_arm and "bf16" in on,
     )
 
 
@@ -90,13 +103,28 @@ KNOWN_HOSTS = {
         "skylake-avx512",
         "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
     ),
+    "avx512-bf16": make_host(
+        "x86_64-unknown-linux-gnu",
+        "cooperlake",
+        "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni,+avx512bf16",
+    ),
+    "avx-vnni": make_host("x86_64-unknown-linux-gnu", "alderlake", "+avx2,+fma,+f16c,+avxvnni"),
     "avx2": make_host("x86_64-unknown-linux-gnu", "haswell", "+avx2,+fma,+f16c"),
     "x86": make_host("x86_64-unknown-linux-gnu", "x86-64", "+sse2"),
     "neon": make_host("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+dotprod,+fullfp16"),
+    "neon-bf16": make_host("aarch64-unknown-linux-gnu", "neoverse-v1", "+neon,+dotprod,+fullfp16,+bf16"),
+    "apple": make_host("arm64-apple-macosx14.0.0", "apple-m1", "+neon,+dotprod,+fullfp16"),
     "arm": make_host("aarch64-unknown-linux-gnu", "generic", "+neon"),
     "riscv": make_host("riscv64-unknown-linux-gnu", "generic-rv64", "+m,+a,+f,+d"),
 }
 """Machines that code is made for in tests, by the instructions that it then uses."""
+
+
+def runs_here(host: Host) -> bool:
+    """Whether this machine can run code that is made for another."""
+    own = this_host()
+    have = set(own.features.split(","))
+    return own.triple.split("-")[0] == host.triple.split("-")[0] and set(host.features.split(",")) <= have
 
 
 def num_threads() -> int:
@@ -117,4 +145,4 @@ def num_threads() -> int:
     return count
 
 
-__all__ = ["KNOWN_HOSTS", "MAX_THREADS", "THREADS", "Dot", "Host", "make_host", "num_threads", "this_host"]
+__all__ = ["KNOWN_HOSTS", "MAX_THREADS", "THREADS", "Dot", "Host", "make_host", "num_threads", "runs_here", "this_host"]

@@ -484,6 +484,12 @@ def assembly(text: str, host: Host) -> str:
     return str(machine.emit_assembly(optimize(text, machine)))
 
 
+def object_code(text: str, host: Host) -> bytes:
+    """A module as an object file, for any host that LLVM knows."""
+    machine = machine_for(host, jit=False)
+    return bytes(machine.emit_object(optimize(text, machine)))
+
+
 __all__ = [
     "Compiled",
     "Function",
@@ -496,6 +502,7 @@ __all__ = [
     "element_of",
     "lanes_of",
     "machine_for",
+    "object_code",
     "optimize",
     "vector",
 ]

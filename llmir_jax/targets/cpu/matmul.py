@@ -77,6 +77,10 @@ def _vpdpbusd(f: Function, acc: Value, u: Value, x: Value, _: bool) -> Value:
     return f.intrinsic("llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, u, x])
 
 
+def _vpdpbusd_256(f: Function, acc: Value, u: Value, x: Value, _: bool) -> Value:
+    return f.intrinsic("llvm.x86.avx512.vpdpbusd.256", acc.type, [acc, u, x])
+
+
 def _avx2(f: Function, acc: Value, w: Value, x: Value, is_nibble: bool) -> Value:
     if not is_nibble:  # unsigned times signed saturates: |w| · (x with the sign of w) does not
         x = f.intrinsic("llvm.x86.avx2.psign.b", x.type, [x, w])
@@ -104,6 +108,7 @@ def _plain(f: Function, acc: Value, u: Value, x: Value, _: bool) -> Value:
 
 _DOTS = {
     "avx512-vnni": _Dot(takes_biased=True, emit=_vpdpbusd),
+    "avx-vnni": _Dot(takes_biased=True, emit=_vpdpbusd_256),
     "avx2": _Dot(takes_biased=False, emit=_avx2),
     "neon-dotprod": _Dot(takes_biased=False, emit=_sdot),
     "generic": _Dot(takes_biased=True, emit=_plain),

@@ -26,6 +26,7 @@ from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
+from llmir_jax.dialects.stablehlo_ext import TopKOp
 from llmir_jax.targets.cpu.activations import prepare
 from llmir_jax.targets.cpu.attached import Attached, Root, attach, covers
 from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
@@ -41,6 +42,8 @@ from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.repeated import Repeated, Structure
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
+from llmir_jax.targets.cpu.selection import top_k
+from llmir_jax.targets.cpu.support import stored_weight
 from llmir_jax.targets.cpu.weights import Arrangement
 
 SMALL = 4096
@@ -61,13 +64,20 @@ def _is_root_op(op: Operation) -> bool:
         | llm.WritePagesOp
         | stablehlo.ReduceOp
         | stablehlo.ConcatenateOp
-        | stablehlo.DotGeneralOp,
+        | stablehlo.DotGeneralOp
+        | TopKOp,
     )
 
 
 def _scales(op: _Matmul) -> SSAValue | None:
     """Scales of a matmul's activations that are known before."""
     return op.activation_scales if isinstance(op, llm.QuantizedMatmulOp) else None
+
+
+def _weight(op: _Matmul) -> BlockArgument:
+    weight = stored_weight(op.w)
+    assert weight is not None
+    return weight
 
 
 def _follows_product(value: SSAValue) -> bool:
@@ -149,7 +159,7 @@ class Planner:
 
     def _input_format(self, op: _Matmul) -> InputFormat:
         rows = int(np.prod(shape_of(op.x)[:-1], dtype=np.int64))
-        layout = self.stored.formats[op.w]
+        layout = self.stored.formats[_weight(op)]
         group = None
         if isinstance(op, llm.QuantizedMatmulOp) and op.activation_bits is not None:
             size = op.activation_group_size
@@ -190,6 +200,8 @@ class Planner:
             return {("stored", op.q)} if operand == 0 else {("attend", op)}
         if isinstance(op, llm.WritePagesOp):
             return {("write", op, operand)}
+        if isinstance(op, TopKOp):
+            return {("stored", op.operand)}  # it is read k times
         if _is_root_op(op):
             return {("root", op)}
         (result,) = op.results
@@ -230,10 +242,9 @@ class Planner:
                 matmuls.append((op, self._product_buffer(op)))
             elif isinstance(op, llm.AttendPagesOp):
                 self._reserve(op)
-            elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp):
-                self.stored.buffers[op.results[0]] = Buffer.of(
-                    shape_of(op.results[0]), scratch_element(dtype_of(op.results[0]))
-                )
+            elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp | TopKOp):
+                for result in op.results:
+                    self.stored.buffers[result] = Buffer.of(shape_of(result), scratch_element(dtype_of(result)))
             elif isinstance(op, llm.WritePagesOp):
                 for which, (old, new) in enumerate(zip(op.operands[:2], op.results, strict=True)):
                     self.stored.buffers[new] = self.stored.buffers[old]
@@ -388,9 +399,10 @@ class Planner:
         made = {root.target: root.order for root in self.roots if root.target.place == "scratch"}
         made |= {buffer: self.index[op] for op, buffer in self.stored.statistics.items()}
         made |= {
-            self.stored.buffers[op.results[0]]: i
+            self.stored.buffers[result]: i
             for op, i in self.index.items()
-            if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp)
+            if isinstance(op, llm.AttendPagesOp | stablehlo.ReduceOp | stablehlo.DotGeneralOp | TopKOp)
+            for result in op.results
         }
         for op, product in matmuls:
             mine = [root for root in self.roots if product in reads[root]]
@@ -426,8 +438,8 @@ class Planner:
     def _matmul_item(self, op: _Matmul, product: Buffer, attached: list[Attached]) -> None:
         prepared = self._prepare(op)
         inputs = self._input_format(op)
-        layout = self.stored.formats[op.w]
-        weight = self.stored.buffers[op.w]
+        layout = self.stored.formats[_weight(op)]
+        weight = self.stored.buffers[_weight(op)]
         stride = product.strides[-2] if len(product.strides) > 1 else product.shape[-1]
         inputs = InputFormat(num_rows=inputs.num_rows, weight=layout, group=inputs.group)
         kernel_name = matmul_kernel(self.module, inputs, row_stride=stride, num_columns=product.shape[-1])
@@ -574,6 +586,12 @@ class Planner:
                 rows = int(np.prod(target.shape, dtype=np.int64))
                 total = int(np.prod(shape_of(op.lhs), dtype=np.int64))
                 self._add_item(i, name, buffers, {target}, ("rows", rows, total))
+            elif isinstance(op, TopKOp):
+                values, indices = (self.stored.buffers[result] for result in op.results)
+                name, buffers = top_k(self.loops, op, values, indices)
+                domain = rows_and_columns(shape_of(op.operand))
+                work = domain.columns * op.k.value.data
+                self._add_item(i, name, buffers, {values, indices}, ("rows", domain.rows, work))
             elif isinstance(op, stablehlo.ConcatenateOp):
                 self._concatenate_items(op, i)
 

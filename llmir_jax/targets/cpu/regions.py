@@ -19,6 +19,7 @@ from llmir_jax.analysis.cost import multiply_adds
 from llmir_jax.dialects import llm
 from llmir_jax.interop import op_name
 from llmir_jax.targets.cpu.expressions import is_cheap
+from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.support import unsupported_reason
 
 _PACKED = llm.LinearOp | llm.QuantizedMatmulOp | llm.QuantizedGatherOp
@@ -102,8 +103,8 @@ class Split:
         return {level: list(values) for level, values in found.items()}
 
 
-def split(main: FuncOp) -> Split:
-    """The levels of the operations of @main."""
+def split(main: FuncOp, host: Host | None = None) -> Split:
+    """The levels of the operations of @main, for a host (this one, if none is given)."""
     levels: dict[Operation, int] = {}
     in_xla: dict[str, InXla] = {}
     result = Split(levels=levels, in_xla=in_xla, native_share=1.0)
@@ -111,7 +112,7 @@ def split(main: FuncOp) -> Split:
     for op in main.body.block.ops:
         if isinstance(op, ReturnOp):
             continue
-        reason = unsupported_reason(op)
+        reason = unsupported_reason(op, host)
         if reason is None and is_cheap(op):
             continue
         if reason is not None:

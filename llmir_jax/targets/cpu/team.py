@@ -20,7 +20,8 @@ import threading
 
 import llvmlite.binding as binding
 
-from llmir_jax.targets.cpu.host import Host, num_threads, this_host
+from llmir_jax.errors import LlmirError
+from llmir_jax.targets.cpu.host import THREADS, Host, num_threads, this_host
 from llmir_jax.targets.cpu.llvm import Compiled
 
 TEAM_BYTES = 512
@@ -53,6 +54,20 @@ def _declare_pause(host: Host) -> str:
 
 def _sleep_and_wake(host: Host) -> str:
     """sleep(word, seen): wait until *word may have changed from `seen`. wake(word): all that sleep on it."""
+    if host.is_apple:
+        # What libc++ waits with: UL_COMPARE_AND_WAIT is 1, ULF_WAKE_ALL 256.
+        return """
+declare i32 @__ulock_wait(i32, ptr, i64, i32)
+declare i32 @__ulock_wake(i32, ptr, i64)
+define internal void @sleep(ptr %word, i32 %seen) nounwind noinline {
+  %wide = zext i32 %seen to i64
+  %r = call i32 @__ulock_wait(i32 1, ptr %word, i64 %wide, i32 0)
+  ret void
+}
+define internal void @wake(ptr %word) nounwind noinline {
+  %r = call i32 @__ulock_wake(i32 257, ptr %word, i64 0)
+  ret void
+}"""
     number = _SYS_FUTEX.get(host.triple.split("-")[0])
     if not host.is_linux or number is None:
         # Without futexes: look again after a little while.
@@ -243,7 +258,7 @@ class Team:
         for worker in range(1, size):
             handle = ctypes.c_void_p()
             if create(ctypes.byref(handle), None, main, worker):
-                raise OSError("the system did not give another thread; set LLMIR_NUM_THREADS lower")
+                raise LlmirError(f"the system gave {worker} of {size} threads: set {THREADS} lower")
             detach(handle)
 
 

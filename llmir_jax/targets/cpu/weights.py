@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from xdsl.dialects.builtin import TensorType
 from xdsl.dialects.func import FuncOp
-from xdsl.ir import BlockArgument
+from xdsl.ir import BlockArgument, SSAValue
+from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.dense import element_dtype
 from llmir_jax.dense_parameters import Stored, key_of, stored_array
@@ -34,6 +35,7 @@ from llmir_jax.targets.cpu.layout import (
     unpack_weight,
 )
 from llmir_jax.targets.cpu.regions import Split, split
+from llmir_jax.targets.cpu.support import stored_weight
 from llmir_jax.transforms import signature
 
 ALIGNMENT = 64
@@ -180,11 +182,16 @@ def activation_group(weight: BlockArgument) -> int | None:
 
 def _is_linear_weight(arg: BlockArgument) -> bool:
     """Whether an argument of floats is the weight [N, K] of a linear layer."""
-    for use in arg.uses:
+    uses = [use for value in (arg, *_widened(arg)) for use in value.uses]
+    for use in uses:
         op = use.operation
-        if isinstance(op, llm.LinearOp) and op.w is arg and bool_of(op.transpose_w):
+        if isinstance(op, llm.LinearOp) and stored_weight(op.w) is arg and bool_of(op.transpose_w):
             return op.x is not arg and is_float(dtype_of(arg))
     return False
+
+
+def _widened(arg: BlockArgument) -> list[SSAValue]:
+    return [use.operation.results[0] for use in arg.uses if isinstance(use.operation, stablehlo.ConvertOp)]
 
 
 def arrange(main: FuncOp, found: Split | None = None) -> Arrangement:
