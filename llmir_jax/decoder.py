@@ -16,7 +16,7 @@ from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
 from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
-from llmir_jax.memory import give_back
+from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import Recorder, derive_step, text_of
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.quantization import Calibration, Quantize
@@ -223,10 +223,13 @@ class Decoder:
             weights_key = (source.matrices, source.stored)
             stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
         record = None if stored is None else stored.record()
-        derived = derive() if record is None else None
+        derived: Derived | None = None
+        if record is None:
+            with collecting_later():
+                derived = derive()
+            give_back()  # what tracing and the passes have left
         facts = record or derived
         assert facts is not None
-        give_back()  # what tracing and the passes have left
         start = time.perf_counter()
         step = DerivedStep(
             derived or derive,
@@ -460,7 +463,7 @@ class Decoder:
             plain = PlainForward(self._flat.flat_fn, shapes, dense, len(sequences[0]))
             rows = [plain(sequence) for sequence in sequences]
             del plain
-            give_back()  # what it compiled is not needed again
+            give_back(collect=False)  # what it compiled is not needed again
             return rows
 
         result = self_check(

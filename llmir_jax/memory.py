@@ -7,6 +7,8 @@ programs that are compiled leave more of it behind than serving needs afterwards
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
@@ -29,11 +31,24 @@ def keep_little() -> None:
         library.mallopt(_TRIM_THRESHOLD, LARGE)
 
 
-def give_back() -> None:
-    """Collect garbage, and give free memory back. Takes some hundredths of a second."""
-    gc.collect()
+def give_back(*, collect: bool = True) -> None:
+    """Give free memory back. First collecting garbage takes some tenths of a second where there is a lot of IR."""
+    if collect:
+        gc.collect()
     if (library := _library()) is not None:
         library.malloc_trim(0)
 
 
-__all__ = ["LARGE", "give_back", "keep_little"]
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """Without garbage collection, which goes through all IR again and again while it is made, and finds it in use."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+__all__ = ["LARGE", "collecting_later", "give_back", "keep_little"]

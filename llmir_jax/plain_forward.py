@@ -180,7 +180,7 @@ class PlainForward:
         return results
 
     def _product(self, product: _LargeProduct, env: dict[Any, Any]) -> Any:
-        give_back()  # what compiling the pieces before has left
+        give_back(collect=False)  # what compiling the pieces before has left
         eqn, index = product.eqn, product.index
         left = self._read(eqn.invars[0], env)
         axis = self._parameters.row_axis(index)

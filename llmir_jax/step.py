@@ -16,7 +16,7 @@ from llmir_jax.dense_parameters import Stored, stored_array
 from llmir_jax.derive import Derived
 from llmir_jax.dialects import llm
 from llmir_jax.interop import Executable, call_executable, executable
-from llmir_jax.memory import give_back
+from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import Recorder, specialize_step
 from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
@@ -214,12 +214,13 @@ class DerivedStep:
             return self._executables[bucket]
         found = None if self._stored is None else self._stored.lowered(bucket, self.native_key)
         if found is None:
-            module = self.module(bucket)
-            found = executable(module)
+            with collecting_later():
+                module = self.module(bucket)
+                found = executable(module)
             if self._stored is not None:
                 self._stored.keep_lowered(bucket, self.native_key, module, found)
                 del module, self._modules[bucket]  # what it calls is all that is needed from now on
-            give_back()
+            give_back(collect=False)
         self._executables[bucket] = found
         return found
 

@@ -34,9 +34,9 @@ _IRRELEVANT = ("cache", "log", "debug", "dump", "traceback", "profiler", "distri
 
 
 def jax_settings() -> str:
-    """JAX's settings that may change what is traced."""
-    values = jax.config.values
-    return repr(sorted((name, str(v)) for name, v in values.items() if not any(word in name for word in _IRRELEVANT)))
+    """JAX's settings that may change what is traced, as they are in this thread now."""
+    names = sorted(name for name in jax.config.values if not any(word in name for word in _IRRELEVANT))
+    return repr([(name, str(getattr(jax.config, name, jax.config.values[name]))) for name in names])
 
 
 @dataclass(kw_only=True)

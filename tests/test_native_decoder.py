@@ -13,7 +13,9 @@ import llmir_jax as llmir
 from llmir_jax.decoder import Decoder
 from llmir_jax.errors import LlmirError
 from llmir_jax.runtime.sampling import SamplingParams
+from llmir_jax.targets.cpu import native
 from llmir_jax.targets.cpu.host import num_threads
+from llmir_jax.targets.cpu.repeated import Repeated, Structure
 
 VOCAB, WIDTH, HEADS, HIDDEN = 97, 64, 4, 96
 
@@ -70,16 +72,16 @@ def build(target: str, seed: int = 0, **options: Any) -> Decoder:
 )
 def test_equals_the_reference(options: dict[str, Any]) -> None:
     seed = int(np.random.default_rng().integers(1 << 20))
-    native, reference = build("cpu", seed, **options), build("reference", seed, **options)
-    assert native._step.is_native
+    own, reference = build("cpu", seed, **options), build("reference", seed, **options)
+    assert own._step.is_native
     rng = np.random.default_rng(seed)
     sequences = [rng.integers(0, VOCAB, n) for n in (23, 9, 1)]
     # Rounding to 8 bits turns the last bits of a float into whole steps.
     rounds = "kv_cache" in options or options.get("quantize", "").endswith("a8")
-    for a, b in zip(native.logits(sequences), reference.logits(sequences), strict=True):
+    for a, b in zip(own.logits(sequences), reference.logits(sequences), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=(0.03 if rounds else 1e-5) * np.abs(b).max())
     prompts = [s.tolist() for s in sequences]
-    assert [len(out) for out in native.generate(prompts, SamplingParams(max_tokens=6))] == [6, 6, 6]
+    assert [len(out) for out in own.generate(prompts, SamplingParams(max_tokens=6))] == [6, 6, 6]
 
 
 def test_report_says_what_serves() -> None:
@@ -155,3 +157,32 @@ def test_thread_counts_that_cannot_be(value: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LLMIR_NUM_THREADS", value)
     with pytest.raises(LlmirError, match=r"LLMIR_NUM_THREADS must be a whole number from 1 to 512, got"):
         num_threads()
+
+
+@pytest.mark.parametrize("options", [{"quantize": "w4a8"}, {"kv_cache": "int8"}], ids=str)
+def test_kernels_of_equal_layers_are_those_that_would_be_emitted(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of a step is the same if each layer's kernels are emitted for it."""
+    params = make_params(0)
+    params["layers"] *= 2
+    sizes = {"num_pages": 32, "page_size": 4, "max_seqs": 3, "max_seq_len": 40, "buckets": (1, 8)}
+    decoder = llmir.jit(forward).decoder(params, verify=False, **sizes, **options)
+    texts: list[str] = []
+    key = native.object_key
+    monkeypatch.setattr(native, "object_key", lambda text, host: texts.append(text) or key(text, host))
+    emitted: list[str] = []
+    kernel = Repeated.kernel
+
+    def counted(self: Repeated, what: Any, structure: Structure, emit: Any) -> Any:
+        return kernel(self, what, structure, lambda: emitted.append(what[0]) or emit())
+
+    monkeypatch.setattr(Repeated, "kernel", counted)
+    decoder._step.module(1), decoder._step.module(8)
+    decoder._step._modules.clear()
+    num_emitted = len(emitted)
+    monkeypatch.setattr(Repeated, "kernel", lambda self, what, structure, emit: emitted.append(what[0]) or emit())
+    monkeypatch.setattr(Repeated, "fact", lambda self, what, structure, find: find())
+    decoder._step.module(1), decoder._step.module(8)
+    assert len(texts) == 4 and texts[:2] == texts[2:]
+    assert len(emitted) - num_emitted > 1.5 * num_emitted

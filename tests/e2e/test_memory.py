@@ -1,0 +1,44 @@
+"""Memory and files of a start, from the command to the answer, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmir_jax.disk_cache import NO_CACHE
+
+BESIDE = 450e6
+"""Bytes that serving int4 may take beside its weights and its cache: an empty JAX process takes half of them."""
+FIRST = 550e6
+"""The same while everything is compiled, and the forward is run to check it."""
+WEIGHTS, CACHE = 96.6e6, 23.6e6  # of SmolLM2 in its own blocks, and of 512 tokens in float32
+
+
+def generate(model: Path) -> tuple[dict[str, Any], int]:
+    """The answer as JSON, and the most bytes that the process had in memory."""
+    arguments = ["generate", "-m", str(model), "-q", "int4", "--json", "-n", "8", "What is the capital of France?"]
+    with subprocess.Popen([sys.executable, "-m", "llmir_jax.cli.main", *arguments], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return json.loads(output), usage.ru_maxrss * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
+def test_int4_from_the_command_to_the_answer(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMIR_CACHE", str(tmp_path))
+    monkeypatch.delenv(NO_CACHE, raising=False)
+    first, first_bytes = generate(smollm2_path)
+    later, later_bytes = generate(smollm2_path)
+    assert first["token_ids"] == later["token_ids"]
+    assert later["timings"]["self_check_s"] == 0
+    assert first_bytes <= WEIGHTS + CACHE + FIRST
+    assert later_bytes <= WEIGHTS + CACHE + BESIDE
