@@ -16,7 +16,7 @@ from llmir_jax.dialects.parser import IRParser
 from llmir_jax.interop import call_module, make_context
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.ffi import handler_ir
-from llmir_jax.targets.cpu.host import Host, this_host
+from llmir_jax.targets.cpu.host import Host, make_host, this_host
 from llmir_jax.targets.cpu.llvm import Compiled, assembly
 from llmir_jax.targets.cpu.plan import Planner, reasons
 from llmir_jax.targets.cpu.team import team
@@ -134,10 +134,24 @@ def native_assembly(module: ModuleOp, host: Host) -> str:
     return assembly(text, host)
 
 
+def hosts() -> list[Host]:
+    """This machine, and the same with fewer instructions than it has."""
+    own = this_host()
+    found = {own.dot: own}
+    if own.triple.startswith("x86_64"):
+        has_avx2 = "+avx2" in own.features and "+f16c" in own.features
+        if has_avx2:
+            host = make_host(own.triple, "haswell", "+avx2,+fma,+f16c")
+            found[host.dot] = host
+        host = make_host(own.triple, "x86-64", "+sse2")
+        found[host.dot] = host
+    return list(found.values())
+
+
 def with_matrices(module: ModuleOp) -> ModuleOp:
     """The module with float weights as a step has them."""
     MatrixWeightsPass().apply(make_context(), module)
     return module
 
 
-__all__ = ["Guarded", "native_assembly", "parse", "run_native", "run_reference", "with_matrices"]
+__all__ = ["Guarded", "hosts", "native_assembly", "parse", "run_native", "run_reference", "with_matrices"]

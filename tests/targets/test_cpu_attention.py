@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_harness import native_assembly, parse, run_native, run_reference
+from cpu_harness import hosts, native_assembly, parse, run_native, run_reference
 
 from llmir_jax.targets.cpu.host import KNOWN_HOSTS
 
@@ -25,7 +25,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}"
+        tokens = "+".join(map(str, self.tokens))
+        sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{tokens}"
         return f"{sizes}{self.attributes}{'-int8' * self.int8}"
 
 
@@ -46,6 +47,20 @@ CASES = [
     Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), int8=True, padding=1),
     Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(1, 1), before=(7, 0), int8=True),
     Case(tokens=(0, 0), before=(4, 4), padding=2),
+    # prompts: tiles of tokens, short runs between them
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(53,), before=(0,), padding=11),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(17, 1, 40), before=(30, 200, 0), padding=6),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(33, 3), before=(5, 7), int8=True),
+    Case(heads=1, kv_heads=1, dim=8, value_dim=24, page_size=5, tokens=(70, 2, 9), before=(0, 3, 33), padding=1),
+    Case(heads=6, kv_heads=1, dim=20, value_dim=12, page_size=2, tokens=(20, 1, 31), before=(3, 4, 0)),
+    Case(heads=8, kv_heads=8, dim=128, value_dim=128, page_size=32, tokens=(40, 9), before=(31, 64)),
+    Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(19, 2, 16)),
+    Case(tokens=(40, 50, 6), attributes=", window = 7 : i64"),
+    Case(heads=4, kv_heads=1, dim=160, value_dim=36, tokens=(17, 9), attributes=", window = 30 : i64", before=(0, 80)),
+    Case(tokens=(20, 1, 50), slopes=True, attributes=", softcap = 5.0 : f32, window = 30 : i64"),
+    Case(tokens=(20, 13), before=(2, 36), attributes=", causal = false"),
+    Case(tokens=(20, 13), before=(2, 36), attributes=", causal = false, window = 9 : i64"),
+    Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(15, 18), before=(7, 0), int8=True),
 ]
 
 
@@ -110,7 +125,15 @@ def test_attention(case: Case) -> None:
         np.testing.assert_array_equal(pages, other)
 
 
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.dot)
+def test_tiles_by_every_instruction_set(host) -> None:
+    case = Case(heads=6, kv_heads=2, dim=20, value_dim=12, tokens=(9, 21, 2), padding=2)
+    module, values = build(case, seed=int(np.random.default_rng().integers(1 << 30)))
+    expected, got = run_reference(module, values), run_native(module, values, host=host)
+    np.testing.assert_allclose(got[0][: sum(case.tokens)], expected[0][: sum(case.tokens)], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", KNOWN_HOSTS)
 def test_compiles_for(name: str) -> None:
-    module, _ = build(CASES[1], seed=0)
+    module, _ = build(Case(tokens=(20, 1, 1)), seed=0)
     assert native_assembly(module, KNOWN_HOSTS[name])

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cpu_harness import native_assembly, parse, run_native, run_reference
+from cpu_harness import hosts, native_assembly, parse, run_native, run_reference
 
 from llmir_jax.quantization import parse_scheme, quantize
-from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host, make_host, this_host
+from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host
 from llmir_jax.targets.cpu.layout import pack_weight, packed_format, unpack_weight
 
 # scheme, N, K, tokens, group of 8-bit activations (None: floats)
@@ -24,20 +24,6 @@ CASES = [
     ("int8-channel", 19, 1100, 2, 1100),
     ("int8-channel", 64, 72, 1, None),
 ]
-
-
-def hosts() -> list[Host]:
-    """This machine, and the same with fewer instructions than it has."""
-    own = this_host()
-    found = {own.dot: own}
-    if own.triple.startswith("x86_64"):
-        has_avx2 = "+avx2" in own.features and "+f16c" in own.features
-        if has_avx2:
-            host = make_host(own.triple, "haswell", "+avx2,+fma,+f16c")
-            found[host.dot] = host
-        host = make_host(own.triple, "x86-64", "+sse2")
-        found[host.dot] = host
-    return list(found.values())
 
 
 def make(scheme: str, n: int, k: int, rows: int, group: int | None, seed: int):

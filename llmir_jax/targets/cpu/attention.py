@@ -10,6 +10,7 @@ Keys of a block are read once for all M heads: products of vectors of 16 lanes, 
 the scores of a block are one vector a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from xdsl.dialects.builtin import TensorType
@@ -24,7 +25,7 @@ from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
-from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
+from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant, constants, vector
 from llmir_jax.targets.cpu.matmul import half_to_float
 
 MAX_HEADS = 4
@@ -95,6 +96,21 @@ def width_for(size: int, lanes: int) -> int:
     return lanes
 
 
+def page_row(
+    f: Function,
+    scalar: Callable[[SSAValue, list[Index], dict[Var, Number]], Value],
+    op: llm.AttendPagesOp,
+    page_size: int,
+    key: Number,
+    sequence: Value,
+) -> Number:
+    """The number of a key's row in the page arrays; `scalar` reads an int32 input as i64."""
+    seqs, entries = shape_of(op.block_tables)
+    entry = dynamic(f.value(f.div(key, page_size)), entries)
+    page = scalar(op.block_tables, [dynamic(sequence, seqs), entry], {})
+    return f.add(f.mul(page, page_size), f.rem(key, page_size))
+
+
 class _Attention:
     """Emits the kernel of one op."""
 
@@ -110,6 +126,7 @@ class _Attention:
         scratch: Buffer,
         counters: Buffer,
         num_threads: int,
+        runs: Buffer | None,
     ):
         self.op, self.stored = op, stored
         self.shape = AttentionShape.of(op, num_threads)
@@ -123,6 +140,7 @@ class _Attention:
         )
         self.k_bytes, self.v_bytes = k_pages.width, v_pages.width
         self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
+        self.runs = None if runs is None else self.kernel.pointer(runs)
         self.page_size = k_pages.shape[1]
         self.lanes = module.host.lanes
         self.block = self.lanes  # keys of a block: their scores are one vector
@@ -162,8 +180,15 @@ class _Attention:
         f, shape = self.f, self.shape
         count = f.minimum(self.scalar(self.op.num_tokens, [], {}), shape.num_rows)
 
+        def mine(row: Value, number: Number) -> Number:
+            """A number of blocks, 0 for a token of a tile."""
+            if self.runs is None:
+                return number
+            run = f.load("i32", self.runs, f.mul(row, 4), align=4)
+            return f.select(f.compare("eq", run, constant("i32", 1)), f.value(number), f.value(0))
+
         def add(row: Value, carried: list[Value]) -> list[Value]:
-            blocks = f.mul(self.span(row)[1], shape.num_segments)
+            blocks = f.mul(mine(row, self.span(row)[1]), shape.num_segments)
             return [f.value(f.add(carried[0], blocks))]
 
         (total,) = f.loop(0, count, 1, add, [f.value(0)])
@@ -173,7 +198,8 @@ class _Attention:
         def token(row: Value, carried: list[Value]) -> list[Value]:
             before = carried[0]
             first, blocks, start, end = self.span(row)
-            after = f.value(f.add(before, f.mul(blocks, shape.num_segments)))
+            own = mine(row, blocks)
+            after = f.value(f.add(before, f.mul(own, shape.num_segments)))
             touched = f.binary("and", f.compare("slt", before, hi), f.compare("sgt", after, lo))
             position, sequence = self.position, self.sequence
 
@@ -193,7 +219,7 @@ class _Attention:
                 f.loop(0, shape.num_segments, 1, segment)
 
             f.when(touched, segments)
-            self._zero_if_blind(row, blocks)
+            self._zero_if_blind(row, own, mine(row, 1))
             return [after]
 
         f.loop(0, count, 1, token, [f.value(0)])
@@ -211,10 +237,10 @@ class _Attention:
 
         f.loop(0, size, 1, zero)
 
-    def _zero_if_blind(self, row: Value, blocks: Number) -> None:
+    def _zero_if_blind(self, row: Value, blocks: Number, is_mine: Number) -> None:
         """A token that sees nothing has zeros."""
         f = self.f
-        blind = f.binary("and", f.compare("eq", blocks, 0), f.compare("eq", self.id, 0))
+        blind = f.binary("and", f.compare("slt", blocks, is_mine), f.compare("eq", self.id, 0))
         f.when(blind, lambda: self._zero_row(row))
 
     def _zero_padding(self, count: Number) -> None:
@@ -345,13 +371,7 @@ class _Attention:
 
     def _row_of_key(self, key: Number, sequence: Value) -> Number:
         """The number of a key's row in the page arrays."""
-        f = self.f
-        _, entries = shape_of(self.op.block_tables)
-
-        seqs = shape_of(self.op.seq_lens)[0]
-        entry = dynamic(f.value(f.div(key, self.page_size)), entries)
-        page = self.scalar(self.op.block_tables, [dynamic(sequence, seqs), entry], {})
-        return f.add(f.mul(page, self.page_size), f.rem(key, self.page_size))
+        return page_row(self.f, self.scalar, self.op, self.page_size, key, sequence)
 
     def _block(
         self,
@@ -513,9 +533,14 @@ def attention_kernel(
     scratch: Buffer,
     counters: Buffer,
     num_threads: int,
+    runs: Buffer | None,
 ) -> tuple[str, list[Buffer]]:
-    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers."""
-    return _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads).emit()
+    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers.
+
+    Of `runs` (see `attention_tiles`), where given, it takes the tokens by themselves.
+    """
+    attention = _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads, runs)
+    return attention.emit()
 
 
 def pages_reason(kind: Attribute, host: Host) -> str | None:
@@ -533,4 +558,4 @@ def dtype_name(kind: Attribute) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionShape", "attention_kernel", "pages_reason"]
+__all__ = ["AttentionShape", "attention_kernel", "page_row", "pages_reason"]

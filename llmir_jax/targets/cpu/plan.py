@@ -32,6 +32,7 @@ from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.interop import op_name
 from llmir_jax.targets.cpu import expressions
 from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel, pages_reason
+from llmir_jax.targets.cpu.attention_tiles import TileShape, least_run, runs_kernel, tiles_kernel
 from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element
 from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.index import Index, Var
@@ -324,6 +325,8 @@ class Planner:
         counters = Buffer.of((64,), "i32")
         partials = Buffer.of((16,), "float")
         self.counters, self.partials = counters, partials
+        self.tile_scratch = Buffer.of((16,), "float", place="private")
+        self.runs: dict[tuple[SSAValue | int, ...], Buffer] = {}
         matmuls: list[tuple[_Matmul, Buffer]] = []
         for op in self.ops:
             if isinstance(op, _Matmul):
@@ -710,27 +713,75 @@ class Planner:
                 )
             )
 
+    def _runs(self, op: llm.AttendPagesOp) -> Buffer | None:
+        """The batch cut into tiles, once for all attentions that cut it so; None where no tile fits."""
+        shape = AttentionShape.of(op, self.num_threads)
+        if shape.num_rows < least_run(self.host):
+            return None
+        tile = TileShape.of(shape, self.host)
+        self.tile_scratch.nbytes = max(self.tile_scratch.nbytes, tile.scratch_bytes)
+        key = (op.seq_ids, op.positions, op.num_tokens, tile.tokens)
+        if key not in self.runs:
+            runs = Buffer.of((shape.num_rows,), "i32", place="private")
+            self.runs[key] = runs
+            name, buffers = runs_kernel(self.module, self.stored, op, tile.tokens, runs)
+            self.items.append(
+                Item(
+                    order=self.index[op] - 0.125,
+                    name=name,
+                    buffers=buffers,
+                    reads=set(buffers) - {runs},
+                    writes={runs},
+                    split=("each", shape.num_rows, 1),
+                )
+            )
+        return self.runs[key]
+
     def _attend_item(self, op: llm.AttendPagesOp, i: int) -> None:
         output = self.stored.buffers[op.output]
-        name, buffers = attention_kernel(
-            self.module,
-            self.stored,
-            op,
-            q=self.stored.buffers[op.q],
-            k_pages=self.stored.buffers[op.k_pages],
-            v_pages=self.stored.buffers[op.v_pages],
-            output=output,
-            scratch=self.partials,
-            counters=self.counters,
-            num_threads=self.num_threads,
-        )
+        runs = self._runs(op)
+        places = {
+            "q": self.stored.buffers[op.q],
+            "k_pages": self.stored.buffers[op.k_pages],
+            "v_pages": self.stored.buffers[op.v_pages],
+            "output": output,
+        }
+        kernels = [
+            attention_kernel(
+                self.module,
+                self.stored,
+                op,
+                **places,
+                scratch=self.partials,
+                counters=self.counters,
+                num_threads=self.num_threads,
+                runs=runs,
+            )
+        ]
+        if runs is not None:
+            kernels.append(
+                tiles_kernel(
+                    self.module,
+                    self.stored,
+                    op,
+                    **places,
+                    scratch=self.tile_scratch,
+                    runs=runs,
+                    num_threads=self.num_threads,
+                )
+            )
+        # one item, since both write rows of the output that are not each other's
+        kernel = Kernel(self.module, ("id", "n"))
+        for name, buffers in kernels:
+            kernel.f.call(name, [kernel.number("id"), kernel.number("n"), *map(kernel.pointer, buffers)])
+        own = {self.partials, self.counters, *([] if runs is None else [self.tile_scratch])}
         self.items.append(
             Item(
                 order=i,
-                name=name,
-                buffers=buffers,
-                reads=set(buffers) - {output},
-                writes={output, self.partials, self.counters},
+                name=kernel.f.finish("attend_phase"),
+                buffers=kernel.buffers,
+                reads=set(kernel.buffers) - {output},
+                writes={output, *own},
                 split=("threads", 0, 0),
             )
         )
