@@ -40,8 +40,9 @@ from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.layout import ROWS, PackedFormat, round_up
 from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
 from llmir_jax.targets.cpu.loops import Body, Domain, Loops, reduce_reason, rows_and_columns
-from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
+from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, rows_at_once
 from llmir_jax.targets.cpu.team import waiting_ir
+from llmir_jax.targets.cpu.tokens import TokenRows
 from llmir_jax.targets.cpu.weights import Arrangement
 from llmir_jax.transforms import signature
 
@@ -49,6 +50,10 @@ SMALL = 4096
 """Elements up to which every thread computes a value for itself."""
 COLUMNS_AT_ONCE = 64
 """Columns of a product that are computed before what reads them, where there are many rows."""
+CACHE_PERIOD = 256
+"""Floats: rows so far apart, or a multiple, share few sets of a core's nearest cache."""
+ROWS_TOGETHER = 48
+"""Rows of them, about: what is computed stays in a core's cache until it is read."""
 
 _Matmul = llm.QuantizedMatmulOp | llm.LinearOp
 _Norm = llm.RMSNormOp | llm.LayerNormOp
@@ -76,6 +81,17 @@ class Attached:
     domain: Domain
     offsets: tuple[int, ...]
     width: int
+    by_rows: bool  # whether its rows are the product's
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """How the rows of a product are gone through."""
+
+    count: int
+    live: Number  # of them, those that are no padding
+    step: int  # computed before what reads them
+    is_few: bool  # few enough to be computed at once, all
 
 
 @dataclass(eq=False, kw_only=True)
@@ -87,7 +103,7 @@ class Item:
     buffers: list[Buffer]
     reads: set[Buffer]
     writes: set[Buffer]
-    split: tuple[str, int, int]  # ("rows" | "columns" | "each" | "threads", rows, columns)
+    split: tuple[str, int, int]  # ("rows" | "tokens" | "columns" | "each" | "threads", rows, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +219,7 @@ class Planner:
         self.main, self.arrangement, self.host, self.num_threads = main, arrangement, host, num_threads
         self.ops = list(main.body.block.ops)
         self.index = {op: i for i, op in enumerate(self.ops)}
+        self.tokens = TokenRows.of(main)
         self.module = Module(host)
         self.stored = Stored()
         self.loops = Loops(self.module, self.stored)
@@ -421,7 +438,10 @@ class Planner:
         buffer = self.direct.get(op.output)
         if buffer is None:
             shape = shape_of(op.output)
-            buffer = Buffer.of(shape, "float", row_stride=round_up(shape[-1], ROWS))
+            stride = round_up(shape[-1], ROWS)
+            if stride % CACHE_PERIOD == 0 and len(shape) > 1:
+                stride += ROWS
+            buffer = Buffer.of(shape, "float", row_stride=stride)
         self.stored.buffers[op.output] = buffer
         return buffer
 
@@ -489,19 +509,25 @@ class Planner:
             domain = Domain(total // columns, columns)
             found = self._offsets(root, domain, product, stride)
             if found is not None:
-                best = Attached(root=root, domain=domain, offsets=found[0], width=found[1])
+                offsets, width, by_rows = found
+                best = Attached(root=root, domain=domain, offsets=offsets, width=width, by_rows=by_rows)
         return best
 
-    def _offsets(self, root: Root, domain: Domain, product: Buffer, stride: int) -> tuple[tuple[int, ...], int] | None:
-        rows = np.unique(np.linspace(0, domain.rows - 1, 4).astype(np.int64))[:, None]
+    def _offsets(
+        self, root: Root, domain: Domain, product: Buffer, stride: int
+    ) -> tuple[tuple[int, ...], int, bool] | None:
+        """The columns that a root reads, its width, and whether each row reads the product's row of its number."""
+        rows = np.unique(np.linspace(0, domain.rows - 1, 16).astype(np.int64))[:, None]
         columns = np.arange(domain.columns, dtype=np.int64)[None, :]
         variables: dict[Var, Any] = {domain.row(): rows, domain.column(1): columns}
         shape = (len(rows), domain.columns)
-        accessed = [
-            np.broadcast_to(place.evaluate(variables) % stride, shape)
+        places = [
+            np.broadcast_to(place.evaluate(variables), shape)
             for buffer, place in self._probe(root, domain)
             if buffer is product
         ]
+        accessed = [place % stride for place in places]
+        by_rows = domain.rows * stride * 4 == product.nbytes and all((p // stride == rows).all() for p in places)
         width = ROWS
         while width <= max(domain.columns, ROWS):
             if (width == ROWS or domain.columns % width == 0) and width % root.granule == 0:
@@ -510,7 +536,7 @@ class Planner:
                     ((read - offset) // width == columns // width).all()
                     for read, offset in zip(accessed, first, strict=True)
                 ):
-                    return tuple(sorted(set(first))), width
+                    return tuple(sorted(set(first))), width, by_rows
             width *= 2
         return None
 
@@ -534,8 +560,15 @@ class Planner:
             self.prepared[key] = buffer
             name, buffers = self.loops.prepare(op.x, inputs, buffer, _scales(op))
             columns = inputs.weight.num_columns
-            self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
+            kind = "tokens" if self._live(op.x) is not None else "rows"
+            self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, (kind, inputs.num_rows, columns))
         return self.prepared[key]
+
+    def _live(self, value: SSAValue) -> Buffer | None:
+        """Where the number of rows of a value that are no padding is, if its rows are tokens."""
+        if self.tokens is None or not self.tokens.are_rows_of(value):
+            return None
+        return self.stored.buffers[self.tokens.count]
 
     def _matmul_item(self, op: _Matmul, product: Buffer, attached: list[Attached]) -> None:
         prepared = self._prepare(op)
@@ -548,21 +581,29 @@ class Planner:
         kernel = Kernel(self.module, ("id", "n"))
         f = kernel.f
         x, w, y = (kernel.pointer(buffer) for buffer in (prepared, weight, product))
-        is_few = inputs.num_rows <= tokens_at_once(self.module, layout)
+        at_once = rows_at_once(self.module, inputs)
+        is_few = inputs.num_rows <= at_once
         id_, n = kernel.number("id"), kernel.number("n")
+        count = None if is_few else self._live(op.x)
+        live: Number = inputs.num_rows
+        if count is not None:
+            stored = f.cast("sext", f.load("i32", kernel.pointer(count), align=4), "i64")
+            live = f.minimum(stored, inputs.num_rows)
 
-        def product_of(tile: Number, tiles: Number) -> None:
-            f.call(kernel_name, [x, w, y, f.value(tile), f.value(tiles)])
+        def product_of(row: Number, end: Number, tile: Number, tiles: Number) -> None:
+            f.call(kernel_name, [x, w, y, *map(f.value, (row, end, tile, tiles))])
 
+        rows = _Rows(count=inputs.num_rows, live=live, step=max(1, ROWS_TOGETHER // at_once) * at_once, is_few=is_few)
         writes = {product}
         if not attached:
+            end = live if product.place == "scratch" else inputs.num_rows
             lo, hi = (f.div(f.mul(f.add(id_, i), layout.num_tiles), n) for i in (0, 1))
-            product_of(lo, f.sub(hi, lo))
+            product_of(0, end, lo, f.sub(hi, lo))
         total = sum(each.domain.columns for each in attached)
         base = 0
         for each in attached:
             writes.add(each.root.target)
-            self._attached(kernel, each, base, total, is_few, product_of)
+            self._attached(kernel, each, base, total, rows, product_of)
             base += each.domain.columns
         name = f.finish("matmul_phase")
         reads = set(kernel.buffers)
@@ -583,8 +624,8 @@ class Planner:
         each: Attached,
         base: int,
         total: int,
-        is_few: bool,
-        product_of: Callable[[Number, Number], None],
+        rows: "_Rows",
+        product_of: Callable[[Number, Number, Number, Number], None],
     ) -> None:
         """The columns of one root that a thread has, and the root's own work on them."""
         f, columns = kernel.f, each.domain.columns
@@ -597,22 +638,33 @@ class Planner:
             bounds.append(f.minimum(unit, -(-columns // width)))
         name, buffers = self._emit_root(each.root, each.domain)
 
-        def do(start: Number, stop: Number) -> None:
+        def do(row: Number, end: Number, root_end: Number, start: Number, stop: Number) -> None:
             last = f.minimum(stop, columns)
             for offset in each.offsets:
                 tiles = f.div(f.add(f.sub(last, start), ROWS - 1), ROWS)
-                product_of(f.div(f.add(start, offset), ROWS), tiles)
-            numbers = [f.value(number) for number in (0, each.domain.rows, start, last)]
+                product_of(row, end, f.div(f.add(start, offset), ROWS), tiles)
+            numbers = [f.value(number) for number in (row, root_end, start, last)]
             f.call(name, [*numbers, *(kernel.pointer(buffer) for buffer in buffers)])
 
         lo, hi = (f.mul(unit, width) for unit in bounds)
-        if is_few:
-            f.when(f.compare("slt", lo, hi), lambda: do(lo, hi))
+        if rows.is_few:
+            f.when(f.compare("slt", lo, hi), lambda: do(0, rows.count, each.domain.rows, lo, hi))
             return
         step = max(width, COLUMNS_AT_ONCE // width * width)
+        live = rows.live if each.root.target.place == "scratch" or each.root.stem == "write_pages" else rows.count
 
         def chunk(start: Value, carried: list[Value]) -> list[Value]:
-            do(start, f.minimum(f.add(start, step), hi))
+            stop = f.minimum(f.add(start, step), hi)
+            if not each.by_rows:
+                do(0, rows.count, each.domain.rows, start, stop)
+                return []
+
+            def some_rows(row: Value, inner: list[Value]) -> list[Value]:
+                end = f.minimum(f.add(row, rows.step), live)
+                do(row, end, end, start, stop)
+                return []
+
+            f.loop(0, live, rows.step, some_rows)
             return []
 
         f.loop(lo, hi, step, chunk)
@@ -871,6 +923,14 @@ class Planner:
                 return entry(self.num_operands + buffer.offset)
             return f.at(memory if buffer.place == "scratch" else own, buffer.offset)
 
+        def live_tokens() -> Number:
+            assert self.tokens is not None
+            if "live" not in cached:
+                stored = f.load("i32", pointer(self.stored.buffers[self.tokens.count]), align=4)
+                cached["live"] = f.minimum(f.cast("sext", stored, "i64"), self.tokens.num_rows)
+            return cached["live"]
+
+        cached: dict[str, Number] = {}
         now = 0
         for item, interval in zip(items, intervals, strict=True):
             if interval != now:
@@ -881,6 +941,8 @@ class Planner:
                 numbers: list[Number] = [id_, n]
             elif kind == "each":
                 numbers = [0, rows, 0, columns]
+            elif kind == "tokens":
+                numbers = [*self._share(f, live_tokens(), 1, id_, n), 0, columns]
             elif kind == "rows":
                 numbers = [*self._share(f, rows, 1, id_, n), 0, columns]
             else:
@@ -889,8 +951,8 @@ class Planner:
         f.finish("step")
 
     @staticmethod
-    def _share(f: Function, count: int, unit: int, id_: Value, n: Value) -> list[Number]:
-        units = -(-count // unit)
+    def _share(f: Function, count: Number, unit: int, id_: Value, n: Value) -> list[Number]:
+        units = f.div(f.add(count, unit - 1), unit)
         bounds: list[Number] = []
         for i in (0, 1):
             place = f.mul(f.div(f.mul(f.add(id_, i), units), n), unit)
