@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cpu_harness import hosts, native_assembly, parse, run_native, run_reference
 
+from llmir_jax.quantization import parse_scheme, quantize
 from llmir_jax.targets.cpu.host import KNOWN_HOSTS
 
 
@@ -131,6 +132,48 @@ def test_tiles_by_every_instruction_set(host) -> None:
     module, values = build(case, seed=int(np.random.default_rng().integers(1 << 30)))
     expected, got = run_reference(module, values), run_native(module, values, host=host)
     np.testing.assert_allclose(got[0][: sum(case.tokens)], expected[0][: sum(case.tokens)], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows, live", [(1, 1), (9, 4), (16, 16), (40, 13), (150, 97), (131, 131), (20, 0)])
+def test_rows_of_padding_are_not_computed(rows: int, live: int) -> None:
+    """A product from tokens, then attention, then the rows that are wanted: those are right, whatever padding has."""
+    rng = np.random.default_rng()
+    heads, dim, k, num_pages, page_size = 4, 16, 96, 12, 16
+    weight = quantize(rng.normal(size=(heads * dim, k)).astype(np.float32), parse_scheme("int4-g32-min"))
+    x, flat, q = f"tensor<{rows}x{k}xf32>", f"tensor<{rows}x{heads * dim}xf32>", f"tensor<{rows}x{heads}x{dim}xf32>"
+    pages, ints = f"tensor<{num_pages}x{page_size}x{heads}x{dim}xf32>", f"tensor<{rows}xi32>"
+    activations = "bits = 4 : i32, transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32"
+    roles = {
+        "tokens": x,
+        "kp": pages,
+        "vp": pages,
+        "block_tables": f"tensor<1x{num_pages}xi32>",
+        "seq_lens": "tensor<1xi32>",
+        "seq_ids": ints,
+        "positions": ints,
+        "num_tokens": "tensor<i32>",
+    }
+    arguments = ", ".join(f'%{name}: {kind} {{llmir.role = "{name}"}}' for name, kind in roles.items())
+    batch = "%block_tables, %seq_lens, %seq_ids, %positions, %num_tokens"
+    kinds = ", ".join(roles[name.strip(" %")] for name in batch.split(","))
+    text = f"""func.func @main(%w: {weight.ir_type()} {{llmir.path = "w"}}, {arguments}) -> ({flat}, {flat}) {{
+      %p = llm.quantized_matmul %tokens, %w {{{activations}}} : ({x}, {weight.ir_type()}) -> {flat}
+      %s = stablehlo.add %p, %p : {flat}
+      %q = stablehlo.reshape %s : ({flat}) -> {q}
+      %o = llm.attend_pages %q, %kp, %vp, {batch} {{scale = 0.3 : f32}} : ({q}, {pages}, {pages}, {kinds}) -> {q}
+      %r = stablehlo.reshape %o : ({q}) -> {flat}
+      func.return %r, %s : {flat}, {flat}
+    }}"""
+    text = text.replace("llm.quantized_matmul %tokens, %w", "llm.quantized_matmul(%tokens, %w)")
+    shape = (num_pages, page_size, heads, dim)
+    values = [weight, rng.normal(size=(rows, k)), rng.normal(size=shape), rng.normal(size=shape)]
+    values[1:] = [value.astype(np.float32) for value in values[1:]]
+    values += [np.arange(num_pages)[None], [live], np.zeros(rows), np.arange(rows), live]
+    values[4:] = [np.array(value, np.int32) for value in values[4:]]
+    module = parse(text)
+    expected, got = run_reference(module, values), run_native(module, values, repeats=2)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a[:live], b[:live], rtol=0, atol=3e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("name", KNOWN_HOSTS)

@@ -116,7 +116,9 @@ def _scalar(
     return kernel.f.cast("sext", evaluator.at(value, indices), "i64")
 
 
-def runs_kernel(module: Module, stored: Stored, op: llm.AttendPagesOp, tokens: int, runs: Buffer) -> tuple[str, list[Buffer]]:
+def runs_kernel(
+    module: Module, stored: Stored, op: llm.AttendPagesOp, tokens: int, runs: Buffer
+) -> tuple[str, list[Buffer]]:
     """A function (row_lo, row_hi, col_lo, col_hi, buffers…) that cuts a batch into runs of up to `tokens`.
 
     runs int32[num_rows] has at a row: the tokens of the run that begins there, 0 within one, 1 for a token that is
@@ -151,8 +153,10 @@ def runs_kernel(module: Module, stored: Stored, op: llm.AttendPagesOp, tokens: i
             f.store(constant("i32", 1), out, f.mul(other, 4), align=4)
             return []
 
-        is_short = f.compare("slt", length, least_run(module.host))
-        f.when(is_short, lambda: f.loop(row, f.add(row, length), 1, single) and None)
+        def singles() -> None:
+            f.loop(row, f.add(row, length), 1, single)
+
+        f.when(f.compare("slt", length, least_run(module.host)), singles)
         return []
 
     f.loop(0, count, 1, dissolve)
@@ -358,9 +362,7 @@ class _Tiles:
         f, lanes, dim, row_bytes = self.f, self.lanes, self.shape.value_dim, self.tile.row_bytes
         least = constant("float", 1e-37, lanes)
         for v, total in enumerate(totals):
-            inverse = f.binary(
-                "fdiv", constant("float", 1.0, lanes), f.overloaded("llvm.maxnum", [total, least])
-            )
+            inverse = f.binary("fdiv", constant("float", 1.0, lanes), f.overloaded("llvm.maxnum", [total, least]))
             f.store(inverse, self.weights_at, 4 * lanes * v, align=4)
 
         def vector_of(rows: list[Value], at: Value) -> None:
@@ -415,22 +417,23 @@ class _Tiles:
             scale = f.cast("fpext", f.load("half", scales, f.mul(place, 2), align=2), "float")
         base = f.at(self.pages[which], f.mul(place, dim * (4 if scale is None else 1)))
 
-        def part(width: int, d: Number) -> None:
+        def part(width: int, d: Number) -> list[Value]:
             if scale is None:
                 content = f.load(vector("float", width), base, f.mul(d, 4), align=4)
             else:
                 integers = f.cast("sext", f.load(vector("i8", width), base, d, align=1), "i32")
                 content = f.binary("fmul", f.cast("sitofp", integers, "float"), f.splat(scale, width))
             f.store(content, target, f.mul(d, 4), align=4)
+            return []
 
         whole = dim // self.lanes * self.lanes
         if whole <= 8 * self.lanes:
             for d in range(0, whole, self.lanes):
                 part(self.lanes, d)
         else:
-            f.loop(0, whole, self.lanes, lambda d, _: part(self.lanes, d) or [])
+            f.loop(0, whole, self.lanes, lambda d, _: part(self.lanes, d))
         if whole < dim:
-            f.loop(whole, dim, 1, lambda d, _: part(1, d) or [])
+            f.loop(whole, dim, 1, lambda d, _: part(1, d))
 
     def _block(
         self,

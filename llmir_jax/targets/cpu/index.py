@@ -233,6 +233,8 @@ def _multiple(index: Index, variable: Var) -> int:
     result = abs(index.constant)
     for atom, coefficient in index.terms:
         factor = atom.multiple if isinstance(atom, Var) else 1
+        if isinstance(atom, Remainder):
+            factor = int(np.gcd(_multiple(atom.index, variable), atom.divisor))
         result = int(np.gcd(result, coefficient * factor))
     return result
 

@@ -42,9 +42,7 @@ class TokenRows:
             for found in (from_tokens, from_rows):
                 if any(operand in found for operand in op.operands):
                     found.update(op.results)
-        return TokenRows(
-            count=count, num_rows=shape_of(ops[0].q)[0], values=frozenset(from_tokens - from_rows)
-        )
+        return TokenRows(count=count, num_rows=shape_of(ops[0].q)[0], values=frozenset(from_tokens - from_rows))
 
     def are_rows_of(self, value: SSAValue) -> bool:
         """Whether all dimensions of a value but the last are the tokens."""
