@@ -4,7 +4,9 @@ plan.py            which values are stored, phases, barriers, memory; the main f
 expressions.py     any region of elementwise and layout operations as the body of a loop
 loops.py           loops: storing, reductions, norms, pages, rounding of activations
 matmul.py          products with packed weights
-attention.py       attention to pages in place
+attention.py       attention to pages in place, token by token
+attention_tiles.py the same for prompts, by tiles of queries
+tokens.py          which rows are tokens, so that padding is not computed
 index.py elementary.py index maps; exp, tanh, sin …
 layout.py          how a weight lies in memory; weights.py: where
 llvm.py host.py    LLVM IR and its compilation; what the machine has
