@@ -22,11 +22,12 @@ from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, 
 from llmir_jax.targets.cpu import elementary
 from llmir_jax.targets.cpu.elementwise import FLOATS
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
-from llmir_jax.targets.cpu.halves import half_to_float, widen
+from llmir_jax.targets.cpu.halves import half_to_float
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
+from llmir_jax.targets.cpu.page_rows import page_row, row_values
 
 MAX_HEADS = 4
 """M: query heads whose sums stay in registers beside each other."""
@@ -111,6 +112,7 @@ class _Attention:
         scratch: Buffer,
         counters: Buffer,
         num_threads: int,
+        runs: Buffer | None,
     ):
         self.op, self.stored = op, stored
         self.shape = AttentionShape.of(op, num_threads)
@@ -124,6 +126,7 @@ class _Attention:
         )
         self.k_pages, self.v_pages = k_pages, v_pages
         self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
+        self.runs = None if runs is None else self.kernel.pointer(runs)
         self.page_size = k_pages.shape[1]
         self.lanes = module.host.lanes
         self.block = self.lanes  # keys of a block: their scores are one vector
@@ -163,8 +166,15 @@ class _Attention:
         f, shape = self.f, self.shape
         count = f.minimum(self.scalar(self.op.num_tokens, [], {}), shape.num_rows)
 
+        def mine(row: Value, number: Number) -> Number:
+            """A number of blocks, 0 for a token of a tile."""
+            if self.runs is None:
+                return number
+            run = f.load("i32", self.runs, f.mul(row, 4), align=4)
+            return f.select(f.compare("eq", run, constant("i32", 1)), f.value(number), f.value(0))
+
         def add(row: Value, carried: list[Value]) -> list[Value]:
-            blocks = f.mul(self.span(row)[1], shape.num_segments)
+            blocks = f.mul(mine(row, self.span(row)[1]), shape.num_segments)
             return [f.value(f.add(carried[0], blocks))]
 
         (total,) = f.loop(0, count, 1, add, [f.value(0)])
@@ -174,7 +184,8 @@ class _Attention:
         def token(row: Value, carried: list[Value]) -> list[Value]:
             before = carried[0]
             first, blocks, start, end = self.span(row)
-            after = f.value(f.add(before, f.mul(blocks, shape.num_segments)))
+            own = mine(row, blocks)
+            after = f.value(f.add(before, f.mul(own, shape.num_segments)))
             touched = f.binary("and", f.compare("slt", before, hi), f.compare("sgt", after, lo))
             position, sequence = self.position, self.sequence
 
@@ -194,7 +205,7 @@ class _Attention:
                 f.loop(0, shape.num_segments, 1, segment)
 
             f.when(touched, segments)
-            self._zero_if_blind(row, blocks)
+            self._zero_if_blind(row, own, mine(row, 1))
             return [after]
 
         f.loop(0, count, 1, token, [f.value(0)])
@@ -212,10 +223,10 @@ class _Attention:
 
         f.loop(0, size, 1, zero)
 
-    def _zero_if_blind(self, row: Value, blocks: Number) -> None:
+    def _zero_if_blind(self, row: Value, blocks: Number, is_mine: Number) -> None:
         """A token that sees nothing has zeros."""
         f = self.f
-        blind = f.binary("and", f.compare("eq", blocks, 0), f.compare("eq", self.id, 0))
+        blind = f.binary("and", f.compare("slt", blocks, is_mine), f.compare("eq", self.id, 0))
         f.when(blind, lambda: self._zero_row(row))
 
     def _zero_padding(self, count: Number) -> None:
@@ -346,13 +357,7 @@ class _Attention:
 
     def _row_of_key(self, key: Number, sequence: Value) -> Number:
         """The number of a key's row in the page arrays."""
-        f = self.f
-        _, entries = shape_of(self.op.block_tables)
-
-        seqs = shape_of(self.op.seq_lens)[0]
-        entry = dynamic(f.value(f.div(key, self.page_size)), entries)
-        page = self.scalar(self.op.block_tables, [dynamic(sequence, seqs), entry], {})
-        return f.add(f.mul(page, self.page_size), f.rem(key, self.page_size))
+        return page_row(self.f, self.scalar, self.op, self.page_size, key, sequence)
 
     def _block(
         self,
@@ -427,42 +432,8 @@ class _Attention:
 
     def _row(self, pages: Buffer, row: Number, kv_head: Number, dim: int, width: int) -> list[Value]:
         """A key or a value of a head as floats, in vectors; those of 8 bits without their scale."""
-        f = self.f
-        place = f.add(f.mul(row, self.shape.num_kv_heads), kv_head)
-        base = f.at(self.kernel.pointer(pages), f.mul(place, pages.width * pages.shape[-1]))
-        if pages.minima is not None:
-            scale, minimum = (
-                half_to_float(f, f.load("half", self.kernel.pointer(side), f.mul(place, 2), align=2))
-                for side in pages.parts[1:]
-            )
-            return [
-                f.fma(self._nibbles(base, at, width), f.splat(scale, width), f.splat(minimum, width))
-                for at in range(0, dim, width)
-            ]
-        found = [
-            f.load(vector(pages.element, width), base, pages.width * at, align=pages.width)
-            for at in range(0, dim, width)
-        ]
-        if pages.element == "i8":
-            return [f.cast("sitofp", f.cast("sext", x, "i32"), "float") for x in found]
-        return [widen(f, x) for x in found]
-
-    def _nibbles(self, base: Value, at: int, width: int) -> Value:
-        """Elements [at, at + width) of 4 bits, two a byte, the first in the low bits; as floats."""
-        f = self.f
-        if width == 1:
-            byte = f.cast("zext", f.load("i8", base, at // 2), "i32")
-            shifted = f.binary("lshr", byte, constant("i32", 4 * (at % 2)))
-            return f.cast("sitofp", f.binary("and", shifted, constant("i32", 15)), "float")
-        half = width // 2
-        raw = f.load(vector("i8", half), base, at // 2)
-        low = f.binary("and", raw, constant("i8", 15, half))
-        high = f.binary("lshr", raw, constant("i8", 4, half))
-        if half == 1:
-            both = f.join([low, high])
-        else:
-            both = f.shuffle(low, high, [i // 2 + half * (i % 2) for i in range(width)])
-        return f.cast("sitofp", f.cast("zext", both, "i32"), "float")
+        place = self.f.add(self.f.mul(row, self.shape.num_kv_heads), kv_head)
+        return row_values(self.kernel, pages, place, dim, width)
 
     def _bias(self, h: int, head0: Number, numbers: Value, position: Value) -> Value:
         f = self.f
@@ -540,9 +511,14 @@ def attention_kernel(
     scratch: Buffer,
     counters: Buffer,
     num_threads: int,
+    runs: Buffer | None,
 ) -> tuple[str, list[Buffer]]:
-    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers."""
-    return _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads).emit()
+    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers.
+
+    Of `runs` (see `attention_tiles`), where given, it takes the tokens by themselves.
+    """
+    attention = _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads, runs)
+    return attention.emit()
 
 
 def pages_reason(kind: Attribute, host: Host) -> str | None:
@@ -564,4 +540,4 @@ def dtype_name(kind: Attribute) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionShape", "attention_kernel", "pages_reason"]
+__all__ = ["AttentionShape", "attention_kernel", "page_row", "pages_reason"]
