@@ -225,7 +225,7 @@ class _Tiles:
 
     def emit(self) -> tuple[str, list[Buffer]]:
         """The function of (id, n), and its buffers."""
-        f, segments = self.f, self.shape.num_segments
+        f, segments = self.f, self.shape.num_heads // self.shape.heads
         count = f.minimum(self._int(self.op.num_tokens, [], {}), self.shape.num_rows)
 
         def run_at(row: Value) -> Value:

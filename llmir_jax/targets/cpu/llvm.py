@@ -387,6 +387,11 @@ class Function:
 
     # Control
 
+    def prefetch(self, pointer: Value, offset: Number = 0) -> None:
+        """Ask for the cache line of an address, which need not exist."""
+        self.module.declare("llvm.prefetch.p0", "void", ["ptr", "i32", "i32", "i32"])
+        self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset).ref}, i32 0, i32 3, i32 1)")
+
     def label(self, name: str) -> None:
         """Begin a block."""
         self._lines.append(f"{name}:")
