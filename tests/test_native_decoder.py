@@ -16,6 +16,7 @@ from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.targets.cpu import native
 from llmir_jax.targets.cpu.host import num_threads
 from llmir_jax.targets.cpu.repeated import Repeated, Structure
+from llmir_jax.targets.cpu.tokens import TokenRows
 
 VOCAB, WIDTH, HEADS, HIDDEN = 97, 64, 4, 96
 
@@ -82,6 +83,22 @@ def test_equals_the_reference(options: dict[str, Any]) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=(0.03 if rounds else 1e-5) * np.abs(b).max())
     prompts = [s.tolist() for s in sequences]
     assert [len(out) for out in own.generate(prompts, SamplingParams(max_tokens=6))] == [6, 6, 6]
+
+
+def test_rows_of_padding_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed of tokens is found, in the function that is compiled, so that padding is not computed."""
+    mains = []
+
+    def compile_step(main: Any, *args: Any) -> native.NativeStep:
+        mains.append(TokenRows.of(main))
+        return original(main, *args)
+
+    original = native.compile_step
+    monkeypatch.setattr("llmir_jax.transforms.lower_to_cpu.compile_step", compile_step)
+    build("cpu", verify=False, buckets=(8,))._step.module(8)
+    (rows,) = mains
+    assert rows is not None and rows.num_rows == 8
+    assert sum(rows.are_rows_of(value) for value in rows.values) > 10
 
 
 def test_report_says_what_serves() -> None:

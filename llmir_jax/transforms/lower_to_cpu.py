@@ -28,7 +28,7 @@ from xdsl.dialects.builtin import (
     i64,
 )
 from xdsl.dialects.func import FuncOp, ReturnOp
-from xdsl.ir import Block, BlockArgument, Operation, Region, SSAValue
+from xdsl.ir import Attribute, Block, BlockArgument, Operation, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl_jax.dialects import stablehlo
 from xdsl_jax.dialects.stablehlo.attributes import OutputOperandAlias
@@ -60,6 +60,8 @@ class _Lowering:
     cache: DiskCache | None
     parameters: dict[SSAValue, int]
     """The numbers that the arrangement knows parameters by."""
+    attributes: dict[SSAValue, dict[str, Attribute]]
+    """Of the arguments of @main, such as their roles."""
     values: dict[SSAValue, SSAValue] = field(default_factory=dict)
     """What takes the place of the values that there were."""
 
@@ -118,7 +120,10 @@ class _Lowering:
             copy(op)
         region.add_op(ReturnOp(*map(inside, outputs)))
         kinds = ([arg.type for arg in region.args], [value.type for value in outputs])
-        native = compile_step(FuncOp("region", kinds, Region(region)), Arrangement(places=tuple(own)), self.cache)
+        function = FuncOp("region", kinds, Region(region))
+        sources = {arg: value for value, arg in inner.items() if isinstance(arg, BlockArgument)}
+        signature.store_attributes(function, [self.attributes.get(sources[arg], {}) for arg in region.args])
+        native = compile_step(function, Arrangement(places=tuple(own)), self.cache)
         aliases = [
             OutputOperandAlias(_indices([number]), IntegerAttr(operand, i64), _indices([]))
             for number, operand in native.pages.items()
@@ -150,6 +155,7 @@ def lower_to_cpu(module: ModuleOp, arrangement: Arrangement, cache: DiskCache | 
     removed = [arg for arg, _ in signature.parameter_paths(main) if arg.index not in arrangement.apart]
     kept = [entry for arg, entry in zip(block.args, attributes, strict=True) if arg not in removed]
     old = list(block.ops)
+    by_argument: dict[SSAValue, dict[str, Attribute]] = dict(zip(block.args, attributes, strict=True))
     lowering = _Lowering(
         found=found,
         arrangement=arrangement,
@@ -157,6 +163,7 @@ def lower_to_cpu(module: ModuleOp, arrangement: Arrangement, cache: DiskCache | 
         weights=block.insert_arg(tensor((arrangement.nbytes,), _BYTE), 0),
         cache=cache,
         parameters=parameters,
+        attributes=by_argument,
     )
     steps = []
     for level, values in outputs.items():
