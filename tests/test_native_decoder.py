@@ -95,7 +95,7 @@ def test_rows_of_padding_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = native.compile_step
     monkeypatch.setattr("llmir_jax.transforms.lower_to_cpu.compile_step", compile_step)
-    build("cpu", verify=False, buckets=(8,))._step.module(8)
+    build("cpu", verify=False)._step.module(8)
     (rows,) = mains
     assert rows is not None and rows.num_rows == 8
     assert sum(rows.are_rows_of(value) for value in rows.values) > 10
