@@ -128,6 +128,7 @@ class Decoder:
         quantize: Quantize = None,
         calibration: Calibration | None = None,
         kv_cache: str | None = None,
+        burst: float = BURST,
         source: WeightSource | None = None,
         program: str | None = None,
         seed: int = 0,
@@ -152,6 +153,8 @@ class Decoder:
                 of activations. The model is in memory as floats meanwhile.
             kv_cache: "int8" or "int4": keys and values are kept as integers with a scale for each token and head. None
                 for the floats that the model computes.
+            burst: seconds that the tokens of one call of the device may take while all requests decode, so that they
+                come several at a time; 0 for one at a time. No token depends on it.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
             program: tells what `forward` computes from all else it may compute, beside the model's arrays;
                 what is derived is then kept on disk for later starts (see `llmir_jax.disk_cache`). None: it is not.
@@ -247,7 +250,7 @@ class Decoder:
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
         engine = Engine(
-            step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk, burst=BURST
+            step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk, burst=burst
         )
         decoder = cls(
             step=step,

@@ -117,6 +117,7 @@ def test_pages_behind_a_window_come_free() -> None:
         max_seq_len=60,
         buckets=(8,),
         prefill_chunk=8,
+        burst=0,
     )
     assert [(g.window, g.num_layers) for g in decoder.cache_groups] == [(None, 2), (6, 1)]
     prompt = np.random.default_rng(1).integers(0, VOCAB, 20).tolist()
