@@ -8,29 +8,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from llmir_jax.errors import LlmirError
+from llmir_jax.threads import available_cores
 
-THREADS = "LLMIR_NUM_THREADS"
 READ_BYTES = 256 << 20  # far more than the caches of a core
 MATMUL_SIZE = 1536  # three matrices of 9 MB
 SECONDS = 0.6  # spent on each of the two; the best try counts
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def num_threads() -> int:
-    """LLMIR_NUM_THREADS, or all cores. Raises LlmirError for a number that this machine does not have."""
-    cores, text = available_cores(), os.environ.get(THREADS)
-    if not text:
-        return cores
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= cores:
-        raise LlmirError(f"{THREADS}={text}: expected a number of threads from 1 to {cores}, the cores there are")
-    return int(text)
 
 
 @contextmanager

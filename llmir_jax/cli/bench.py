@@ -14,6 +14,7 @@ import click
 from llmir_jax.checkpoint import smollm2
 from llmir_jax.cli import options
 from llmir_jax.errors import RequestError
+from llmir_jax.threads import num_threads
 
 if TYPE_CHECKING:
     from llmir_jax.bench.baseline import Choice, Model
@@ -26,7 +27,6 @@ SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "rms_norm_eps", "tie_embeddings"),
 )
-TARGETS = ("cpu", "gpu", "tpu", "reference")
 
 
 def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
 @click.option(
     "--page-size", type=options.COUNT, default=options.PAGE_SIZE, show_default=True, help="Tokens a page of KV cache."
 )
-@click.option("--target", type=click.Choice(TARGETS), help="What to run on.  [default: what JAX runs on]")
+@options.target_option
 @click.option(
     "--baseline",
     "baselines",
@@ -111,9 +111,7 @@ def bench_command(
     """
     choices = parse_baselines(baselines, pythons, quantize)
     quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
-    if startup and target is not None:
-        raise click.UsageError("--startup measures `llmir generate`, which has no --target: leave one of them out")
-    from llmir_jax.bench.machine import limited_to, num_threads
+    from llmir_jax.bench.machine import limited_to
     from llmir_jax.bench.workload import Workload
 
     counts = {"prompt": prompt, "new": new, "prefill": prefill, "context": context, "repeats": repeats}
@@ -141,14 +139,13 @@ def bench_command(
         def build(batch: int | None) -> "Decoder":
             length = workload.longest if batch is None else workload.prompt + workload.new + 1
             num_pages = -(-length // page_size)
-            if target is not None:
-                quantization["target"] = target
             decoder: Decoder = loaded.decoder(
                 max_seqs=batch or 1,
                 num_pages=num_pages * (batch or 1),
                 page_size=page_size,
                 max_seq_len=length,
                 verify=False,
+                **options.target_choice(target),
                 **quantization,
             )
             return decoder
@@ -162,7 +159,8 @@ def bench_command(
             for baseline in running.values():
                 baseline.close()
             ids = workload.request(None, 0, vocab_size)["prompt"]
-            arguments = _generate_arguments(model, ids, quantize, calibrate, kv_cache, dtype=dtype, page_size=page_size)
+            others = {"dtype": dtype, "page_size": page_size, **options.target_choice(target)}
+            arguments = _generate_arguments(model, ids, quantize, calibrate, kv_cache, **others)
             found["startup"] = our_startup(arguments, repeats, advance)
             for label, choice in choices.items():
                 advance()

@@ -13,10 +13,11 @@ from command_line import Run, assert_one_line_error
 import llmir_jax as llmir
 from llmir_jax.bench.baseline import KINDS, SCRIPTS
 from llmir_jax.bench.baselines import protocol
-from llmir_jax.bench.machine import available_cores, limited_to, num_threads
+from llmir_jax.bench.machine import limited_to
 from llmir_jax.bench.run import medians, ratios, roofline
 from llmir_jax.bench.workload import WARM_UP, Workload
 from llmir_jax.cli.bench import BASELINES, parse_baselines
+from llmir_jax.threads import available_cores, num_threads
 
 SMALL = ("--prompt", 5, "--new", 6, "--prefill", 20, "--repeats", 2)
 
@@ -133,10 +134,11 @@ def test_the_table(run: Run, data_path: Path, fake: Path) -> None:
 
 
 def test_startup(run: Run, chat_model: Path, fake: Path) -> None:
-    options = ("--repeats", 1, "--startup", "--json", "--baseline", "transformers", "--python", fake)
+    options = ("--repeats", 1, "--startup", "--target", "cpu", "--json", "--baseline", "transformers", "--python", fake)
     result = run("bench", chat_model, *SMALL, *options)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert found["target"] == "cpu"
     for parts in found["startup"].values():
         assert set(parts) == {"command_s", "import_s", "load_s", "derive_s", "compile_s", "self_check_s"}
         assert sum(seconds for name, seconds in parts.items() if name != "command_s") < parts["command_s"]
@@ -227,16 +229,20 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_threads() == available_cores()
     monkeypatch.setenv("LLMIR_NUM_THREADS", "1")
     assert num_threads() == 1
+    monkeypatch.setenv("LLMIR_NUM_THREADS", "512")
+    assert num_threads() == 512
     before = available_cores()
     with limited_to(1):
         assert available_cores() == 1 or not hasattr(os, "sched_setaffinity")
     assert available_cores() == before
 
 
-@pytest.mark.parametrize("threads", ["0", "10000", "-1", "two"])
+@pytest.mark.parametrize("threads", ["0", "10000", "-1", "two", "1_0", "1.5"])
 def test_threads_that_there_are_not(run: Run, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
     monkeypatch.setenv("LLMIR_NUM_THREADS", threads)
-    assert_one_line_error(run("bench", "no/such"), 1, f"LLMIR_NUM_THREADS={threads}", str(available_cores()))
+    words = ("LLMIR_NUM_THREADS", "1 to 512", repr(threads), str(available_cores()))
+    for arguments in (("bench", "no/such"), ("generate", "-m", "no/such", "hi"), ("compile", "no/such")):
+        assert_one_line_error(run(*arguments), 1, *words)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,6 @@ def test_threads_that_there_are_not(run: Run, monkeypatch: pytest.MonkeyPatch, t
         (("--baseline", "jax", "--python", "jax=no/such/python"), ["'no/such/python'"]),
         (("-q", "int3"), ["int3"]),
         (("--kv-cache", "int2"), ["int2"]),
-        (("--startup", "--target", "cpu"), ["--startup", "--target"]),
     ],
 )
 def test_wrong_usage(run: Run, options: tuple[Any, ...], words: list[str]) -> None:
