@@ -36,7 +36,7 @@ KINDS = {
         script="run_llamacpp",
         install="llama-cpp-python",
         formats=("file", "q4_0", "q4_1", "q8_0"),
-        quantized=("file", "q8_0"),
+        quantized=("q4_0", "q8_0"),  # of four bits its fastest, whatever ours are
     ),
     "openvino": Kind(
         script="run_openvino",

@@ -1,6 +1,7 @@
 """``llmir bench``: how fast a model is served here, and beside other programs."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llmir_jax.decoder import Decoder
     from llmir_jax.load import Loaded
 
+NARROW = re.compile(r"int4|w4|mixed")
+"""Schemes to compare with a baseline's weights of 4 bits."""
 BASELINES = ("jax", "llama.cpp", "openvino", "transformers")
 SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
@@ -200,7 +203,7 @@ def parse_baselines(
         kind = KINDS[name]
         if form and form not in kind.formats:
             raise click.UsageError(f"--baseline {text!r}: formats of {name} are {', '.join(kind.formats)}")
-        is_narrow = any("4" in scheme.rpartition("=")[2] for scheme in quantize)
+        is_narrow = any(NARROW.match(scheme.rpartition("=")[2]) for scheme in quantize)
         default = kind.quantized[0 if is_narrow else 1] if quantize else kind.formats[0]
         python = interpreters.get(name, interpreters[""])
         choice = Choice(name=name, format=form or default, python=python)

@@ -216,7 +216,11 @@ def test_choices_of_baselines(fake: Path) -> None:
     assert all((SCRIPTS / f"{kind.script}.py").is_file() for kind in KINDS.values())
     assert labels(*BASELINES) == ["jax:float32", "llama.cpp:file", "openvino:int8", "transformers:float32"]
     assert labels("llama.cpp", "openvino", quantize=("int8",)) == ["llama.cpp:q8_0", "openvino:int8"]
-    assert labels("llama.cpp:q4_0", "openvino", quantize=("int4",)) == ["llama.cpp:q4_0", "openvino:int4"]
+    assert labels("llama.cpp", "openvino", quantize=("int4",)) == ["llama.cpp:q4_0", "openvino:int4"]
+    assert labels("llama.cpp", quantize=("int8-g64",)) == ["llama.cpp:q8_0"]
+    assert labels("llama.cpp", quantize=("embed=int8", ".*=w4a8")) == ["llama.cpp:q4_0"]
+    own = ["llama.cpp:file", "llama.cpp:q4_1", "llama.cpp:q4_0"]
+    assert labels(*own, quantize=("int4",)) == own
     assert labels("openvino", quantize=("layers.4=int8",)) == ["openvino:int8"]
     chosen = parse_baselines(["jax", "openvino"], [f"jax={fake}"], ())
     assert [choice.python for choice in chosen.values()] == [fake, Path(sys.executable)]
