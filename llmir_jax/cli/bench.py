@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NARROW = re.compile(r"int4|w4|mixed")
 """Schemes to compare with a baseline's weights of 4 bits."""
+SHAPES = ("llama-3.2-1b",)
 BASELINES = ("jax", "llama.cpp", "openvino", "transformers")
 SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
@@ -44,7 +45,8 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 @click.command("bench", short_help="Measure how fast a model is served.")
-@click.argument("model", default=smollm2.NAME)
+@click.argument("model", required=False)
+@click.option("--shape", type=click.Choice(SHAPES), help="In place of MODEL: its shapes, with random weights in Q4_0.")
 @click.option(
     "--prompt", type=options.COUNT, default=16, show_default=True, metavar="N", help="Tokens before decoding."
 )
@@ -82,7 +84,8 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
 )
 @click.option("--json", "as_json", is_flag=True, help="All numbers as one JSON object.")
 def bench_command(
-    model: str,
+    model: str | None,
+    shape: str | None,
     prompt: int,
     new: int,
     prefill: int,
@@ -110,8 +113,12 @@ def bench_command(
     \b
     llmir bench -q int4
     llmir bench -q int4 --batch 16,64 --baseline llama.cpp:q4_0 --python .peers/llamacpp/bin/python
+    llmir bench --shape llama-3.2-1b -q int4 --baseline llama.cpp
     llmir bench --json --baseline jax --startup
     """
+    if model is not None and shape is not None:
+        raise click.UsageError(f"MODEL {model!r} and --shape {shape} are two models: give one")
+    model = model or shape or smollm2.NAME
     choices = parse_baselines(baselines, pythons, quantize)
     quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
     from llmir_jax.bench.machine import limited_to
@@ -126,10 +133,12 @@ def bench_command(
         import jax
 
         from llmir_jax.bench.run import ratios, run
+        from llmir_jax.bench.shapes import shape_file
 
-        loaded = options.load_model(model, dtype)
+        name = model if shape is None else str(shape_file(shape))
+        loaded = options.load_model(name, dtype)
         _check_length(loaded, workload)
-        files = _model_files(model, loaded) if choices else None
+        files = _model_files(name, loaded) if choices else None
         running = {}
         setup = {"threads": threads, "max_len": -(-workload.longest // page_size) * page_size}
         for label, choice in choices.items():
@@ -163,7 +172,7 @@ def bench_command(
                 baseline.close()
             ids = workload.request(None, 0, vocab_size)["prompt"]
             others = {"dtype": dtype, "page_size": page_size, **options.target_choice(target)}
-            arguments = _generate_arguments(model, ids, quantize, calibrate, kv_cache, **others)
+            arguments = _generate_arguments(name, ids, quantize, calibrate, kv_cache, **others)
             found["startup"] = our_startup(arguments, repeats, advance)
             for label, choice in choices.items():
                 advance()
@@ -172,7 +181,7 @@ def bench_command(
                 found["baselines"][label]["startup"] = theirs
                 found["baselines"][label]["ratio"]["startup"] = ratios(found["startup"], theirs)
     about: dict[str, Any] = {
-        "model": model,
+        "model": model if shape is None else f"{model}, random weights",
         "quantize": list(quantize),
         "kv_cache": kv_cache,
         "dtype": dtype,
