@@ -239,7 +239,6 @@ def _stages(model: str, workload: "Workload", choices: "Mapping[str, Choice]", *
     names = [f"loading {model}", *(f"starting {label}" for label in choices)]
     for phase in workload.phases:
         names += ["deriving and compiling the decoder", *workload.stages(phase)]
-    names.append("measuring the machine")
     if startup:
         names += [f"starting, round {i + 1} of {workload.repeats}" for i in range(workload.repeats)]
         names += [f"starting {label}" for label in choices]

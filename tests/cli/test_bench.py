@@ -11,6 +11,7 @@ import pytest
 from command_line import Run, assert_one_line_error
 
 import llmir_jax as llmir
+from llmir_jax.bench import machine
 from llmir_jax.bench.baseline import KINDS, SCRIPTS
 from llmir_jax.bench.baselines import protocol
 from llmir_jax.bench.machine import limited_to
@@ -182,6 +183,16 @@ def test_what_is_measured() -> None:
     rounds = [{"a": 1, "b": {"c": 4.0}}, {"a": 3, "b": {"c": 8.0}}, {"a": 2, "b": {"c": 5.0}}]
     assert medians(rounds) == {"a": 2, "b": {"c": 5.0}}
     assert ratios({"a": 4, "b": {"c": 1}, "d": 1}, {"a": 2, "b": {"c": 4}, "e": 3}) == {"a": 2, "b": {"c": 0.25}}
+
+
+def test_of_the_machine_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"read_bandwidth_gb_s": iter([40.0, 48.0, 30.0]), "float32_gflop_s": iter([200.0, 100.0, 230.0])}
+    for name, values in speeds.items():
+        monkeypatch.setattr(machine, name, lambda *threads, values=values: next(values))
+    peaks = machine.Peaks(2)
+    for expected in ((40, 200), (48, 200), (48, 230)):
+        peaks.measure()
+        assert (peaks.read_bandwidth_gb_s, peaks.float32_gflop_s) == expected
 
 
 def test_prompts() -> None:
