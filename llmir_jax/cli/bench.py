@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NARROW = re.compile(r"int4|w4|mixed")
 """Schemes to compare with a baseline's weights of 4 bits."""
 SHAPES = ("llama-3.2-1b",)
-BASELINES = ("jax", "llama.cpp", "openvino", "transformers")
+BASELINES = ("jax", "llama.cpp", "openvino", "transformers", "vllm")
 SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "rms_norm_eps", "tie_embeddings"),
@@ -73,7 +73,8 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
     multiple=True,
     metavar="NAME[:FORMAT]",
     help="Compare with jax (float32, bfloat16: a loop by hand, random weights), llama.cpp (file, q4_0, q4_1, q8_0), "
-    "openvino (int4, int8) or transformers (float32, bfloat16). May be given several times.",
+    "openvino (int4, int8), transformers (float32, bfloat16) or vllm (bfloat16, float32). Beside 4 bits llama.cpp is "
+    "q4_0 and openvino int4 unless said. May be given several times.",
 )
 @click.option(
     "--python",

