@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import llmir_jax as llmir
+from llmir_jax.models.gpt2 import GPT2Config
 from llmir_jax.models.llama import LlamaConfig
 
 
@@ -61,3 +62,16 @@ def test_tied_embeddings_and_windows(data_path: Path) -> None:
     assert cost.cache_bytes(100) == sum(size * min(100, g.window or 100) for g, size in per_token.items())
     if loaded.config.tie_embeddings:
         assert cost.weight_bytes == decoder.report().parameter_bytes
+
+
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linears_with_biases(data_path: Path, dtype: str, target: str) -> None:
+    loaded = llmir.load(data_path / "checkpoints" / "gpt2", dtype=dtype)
+    c = loaded.config
+    assert isinstance(c, GPT2Config)
+    cost = loaded.decoder(max_seqs=2, num_pages=4, max_seq_len=64, target=target, verify=False).cost()
+    last = c.hidden_size * (c.hidden_size + 2 * c.intermediate_size)
+    assert cost.multiply_adds_per_token == c.num_layers * (3 * c.hidden_size**2 + last) - last
+    assert cost.multiply_adds_per_row == c.vocab_size * c.hidden_size + last
+    assert cost.multiply_adds_per_pair == c.num_layers * 2 * c.hidden_size

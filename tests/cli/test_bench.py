@@ -63,6 +63,13 @@ def fake(tmp_path: Path) -> Path:
     return make_interpreter(tmp_path, FAKE.format(python=sys.executable, log=str(tmp_path / "log")))
 
 
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured by one try, on little memory."""
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
+
+
 def close(value: float) -> Any:
     return pytest.approx(value, rel=1e-4)
 
@@ -303,7 +310,7 @@ def test_wrong_usage(run: Run, options: tuple[Any, ...], words: list[str]) -> No
 
 def test_a_shape(run: Run, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "llama-3.2-1b", TINY)
-    options = ("-q", "int4", "--shape", "llama-3.2-1b", "--baseline", "llama.cpp", "--python", fake, "--startup")
+    options = ("-q", "int4", "--shape", "llama-3.2-1b", "--baseline", "llama.cpp", "--python", fake)
     result = run("bench", *SMALL, *options, "--repeats", 1, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
