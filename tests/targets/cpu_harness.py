@@ -16,7 +16,7 @@ from llmir_jax.dialects.parser import IRParser
 from llmir_jax.interop import call_module, lower_to_module, make_context
 from llmir_jax.quantization import QuantizedArray
 from llmir_jax.targets.cpu.ffi import handler_ir
-from llmir_jax.targets.cpu.host import Host, this_host
+from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host, runs_here, this_host
 from llmir_jax.targets.cpu.llvm import Compiled, assembly, object_code
 from llmir_jax.targets.cpu.plan import Planner
 from llmir_jax.targets.cpu.regions import split
@@ -159,10 +159,26 @@ def native_assembly(module: ModuleOp, host: Host) -> str:
     return assembly(text, host)
 
 
+def hosts() -> list[Host]:
+    """This machine, and those with fewer instructions that it can stand for."""
+    own = this_host()
+    return [own, *(host for host in KNOWN_HOSTS.values() if runs_here(host) and host.cpu != own.cpu)]
+
+
 def with_matrices(module: ModuleOp) -> ModuleOp:
     """The module with float weights as a step has them."""
     MatrixWeightsPass().apply(make_context(), module)
     return module
 
 
-__all__ = ["Guarded", "native_assembly", "of", "parse", "prepared_run", "run_native", "run_reference", "with_matrices"]
+__all__ = [
+    "Guarded",
+    "hosts",
+    "native_assembly",
+    "of",
+    "parse",
+    "prepared_run",
+    "run_native",
+    "run_reference",
+    "with_matrices",
+]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cpu_harness import native_assembly, parse, run_native, run_reference
+from cpu_harness import hosts, native_assembly, parse, run_native, run_reference
 
+from llmir_jax.quantization import parse_scheme, quantize
 from llmir_jax.targets.cpu.host import KNOWN_HOSTS
 
 
@@ -27,7 +28,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{sum(self.tokens)}"
+        tokens = "+".join(map(str, self.tokens))
+        sizes = f"{self.heads}x{self.kv_heads}x{self.dim}-ps{self.page_size}-{tokens}"
         return f"{sizes}{self.attributes}-int{self.bits}-{self.dtype}"
 
 
@@ -54,6 +56,24 @@ CASES = [
     Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(1, 2), before=(70, 4), dtype="bfloat16"),
     Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(1, 2, 0), dtype="bfloat16"),
     Case(tokens=(3, 1, 2), dtype="float16", attributes=", window = 7 : i64"),
+    # prompts: tiles of tokens, short runs between them
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(53,), before=(0,), padding=11),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(17, 1, 40), before=(30, 200, 0), padding=6),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(33, 3), before=(5, 7), bits=8),
+    Case(heads=1, kv_heads=1, dim=8, value_dim=24, page_size=5, tokens=(70, 2, 9), before=(0, 3, 33), padding=1),
+    Case(heads=6, kv_heads=1, dim=20, value_dim=12, page_size=2, tokens=(20, 1, 31), before=(3, 4, 0)),
+    Case(heads=8, kv_heads=8, dim=128, value_dim=128, page_size=32, tokens=(40, 9), before=(31, 64)),
+    Case(heads=2, kv_heads=1, dim=9, value_dim=7, page_size=3, tokens=(19, 2, 16)),
+    Case(tokens=(40, 50, 6), attributes=", window = 7 : i64"),
+    Case(heads=4, kv_heads=1, dim=160, value_dim=36, tokens=(17, 9), attributes=", window = 30 : i64", before=(0, 80)),
+    Case(tokens=(20, 1, 50), slopes=True, attributes=", softcap = 5.0 : f32, window = 30 : i64"),
+    Case(tokens=(20, 13), before=(2, 36), attributes=", causal = false"),
+    Case(tokens=(20, 13), before=(2, 36), attributes=", causal = false, window = 9 : i64"),
+    Case(heads=2, kv_heads=2, dim=20, value_dim=36, page_size=5, tokens=(15, 18), before=(7, 0), bits=8),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(33, 3), before=(5, 7), bits=4),
+    Case(heads=2, kv_heads=1, dim=10, value_dim=6, page_size=3, tokens=(19, 2, 16), bits=4),
+    Case(heads=9, kv_heads=3, dim=64, value_dim=64, page_size=16, tokens=(33, 3), before=(5, 7), dtype="bfloat16"),
+    Case(tokens=(40, 50, 6), attributes=", window = 7 : i64", dtype="float16"),
 ]
 
 
@@ -125,7 +145,57 @@ def test_attention(case: Case) -> None:
         np.testing.assert_array_equal(pages, other)
 
 
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: host.dot)
+def test_tiles_by_every_instruction_set(host) -> None:
+    case = Case(heads=6, kv_heads=2, dim=20, value_dim=12, tokens=(9, 21, 2), padding=2)
+    module, values = build(case, seed=int(np.random.default_rng().integers(1 << 30)))
+    expected, got = run_reference(module, values), run_native(module, values, host=host)
+    np.testing.assert_allclose(got[0][: sum(case.tokens)], expected[0][: sum(case.tokens)], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows, live", [(1, 1), (9, 4), (16, 16), (40, 13), (150, 97), (131, 131), (20, 0)])
+def test_rows_of_padding_are_not_computed(rows: int, live: int) -> None:
+    """A product from tokens, then attention, then the rows that are wanted: those are right, whatever padding has."""
+    rng = np.random.default_rng()
+    heads, dim, k, num_pages, page_size = 4, 16, 96, 12, 16
+    weight = quantize(rng.normal(size=(heads * dim, k)).astype(np.float32), parse_scheme("int4-g32-min"))
+    x, flat, q = f"tensor<{rows}x{k}xf32>", f"tensor<{rows}x{heads * dim}xf32>", f"tensor<{rows}x{heads}x{dim}xf32>"
+    pages, ints = f"tensor<{num_pages}x{page_size}x{heads}x{dim}xf32>", f"tensor<{rows}xi32>"
+    activations = "bits = 4 : i32, transpose_w = true, activation_bits = 8 : i32, activation_group_size = 32 : i32"
+    roles = {
+        "tokens": x,
+        "kp": pages,
+        "vp": pages,
+        "block_tables": f"tensor<1x{num_pages}xi32>",
+        "seq_lens": "tensor<1xi32>",
+        "seq_ids": ints,
+        "positions": ints,
+        "num_tokens": "tensor<i32>",
+    }
+    arguments = ", ".join(f'%{name}: {kind} {{llmir.role = "{name}"}}' for name, kind in roles.items())
+    batch = "%block_tables, %seq_lens, %seq_ids, %positions, %num_tokens"
+    kinds = ", ".join(roles[name.strip(" %")] for name in batch.split(","))
+    text = f"""func.func @main(%w: {weight.ir_type()} {{llmir.path = "w"}}, {arguments}) -> ({flat}, {flat}) {{
+      %p = llm.quantized_matmul %tokens, %w {{{activations}}} : ({x}, {weight.ir_type()}) -> {flat}
+      %s = stablehlo.add %p, %p : {flat}
+      %q = stablehlo.reshape %s : ({flat}) -> {q}
+      %o = llm.attend_pages %q, %kp, %vp, {batch} {{scale = 0.3 : f32}} : ({q}, {pages}, {pages}, {kinds}) -> {q}
+      %r = stablehlo.reshape %o : ({q}) -> {flat}
+      func.return %r, %s : {flat}, {flat}
+    }}"""
+    text = text.replace("llm.quantized_matmul %tokens, %w", "llm.quantized_matmul(%tokens, %w)")
+    shape = (num_pages, page_size, heads, dim)
+    values = [weight, rng.normal(size=(rows, k)), rng.normal(size=shape), rng.normal(size=shape)]
+    values[1:] = [value.astype(np.float32) for value in values[1:]]
+    values += [np.arange(num_pages)[None], [live], np.zeros(rows), np.arange(rows), live]
+    values[4:] = [np.array(value, np.int32) for value in values[4:]]
+    module = parse(text)
+    expected, got = run_reference(module, values), run_native(module, values, repeats=2)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a[:live], b[:live], rtol=0, atol=3e-5 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("name", KNOWN_HOSTS)
 def test_compiles_for(name: str) -> None:
-    module, _ = build(CASES[1], seed=0)
+    module, _ = build(Case(tokens=(20, 1, 1)), seed=0)
     assert native_assembly(module, KNOWN_HOSTS[name])

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cpu_harness import native_assembly, parse, run_native, run_reference
+from cpu_harness import hosts, native_assembly, parse, run_native, run_reference
 
 from llmir_jax.quantization import parse_scheme, quantize
-from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host, runs_here, this_host
+from llmir_jax.targets.cpu.host import KNOWN_HOSTS, Host
 from llmir_jax.targets.cpu.layout import (
     float_format,
     pack_floats,
@@ -32,12 +32,6 @@ CASES = [
     ("int8-channel", 19, 1100, 2, 1100),
     ("int8-channel", 64, 72, 1, None),
 ]
-
-
-def hosts() -> list[Host]:
-    """This machine, and those with fewer instructions that it can stand for."""
-    own = this_host()
-    return [own, *(host for host in KNOWN_HOSTS.values() if runs_here(host) and host.cpu != own.cpu)]
 
 
 def make(scheme: str, n: int, k: int, rows: int, group: int | None, seed: int):

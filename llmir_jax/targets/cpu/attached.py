@@ -10,6 +10,7 @@ from xdsl.ir import SSAValue
 from llmir_jax.targets.cpu.expressions import Buffer
 from llmir_jax.targets.cpu.index import Index, Var
 from llmir_jax.targets.cpu.layout import ROWS, round_up
+from llmir_jax.targets.cpu.llvm import Number
 from llmir_jax.targets.cpu.loops import Body
 from llmir_jax.targets.cpu.rows import Domain
 
@@ -44,6 +45,17 @@ class Attached:
     domain: Domain
     offsets: tuple[int, ...]
     width: int
+    by_rows: bool  # whether its rows are the product's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductRows:
+    """How the rows of a product are gone through."""
+
+    count: int
+    live: Number  # of them, those that are no padding
+    step: int  # computed before what reads them
+    is_few: bool  # few enough to be computed at once, all
 
 
 def attach(root: Root, product: Buffer, probe: Probe) -> Attached | None:
@@ -61,22 +73,24 @@ def attach(root: Root, product: Buffer, probe: Probe) -> Attached | None:
         domain = Domain(total // columns, columns)
         found = _offsets(root, domain, product, stride, probe)
         if found is not None:
-            best = Attached(root=root, domain=domain, offsets=found[0], width=found[1])
+            offsets, width, by_rows = found
+            best = Attached(root=root, domain=domain, offsets=offsets, width=width, by_rows=by_rows)
     return best
 
 
 def _offsets(
     root: Root, domain: Domain, product: Buffer, stride: int, probe: Probe
-) -> tuple[tuple[int, ...], int] | None:
-    rows = np.unique(np.linspace(0, domain.rows - 1, 4).astype(np.int64))[:, None]
+) -> tuple[tuple[int, ...], int, bool] | None:
+    """The columns that a root reads, its width, and whether each row reads the product's row of its number."""
+    rows = np.unique(np.linspace(0, domain.rows - 1, 16).astype(np.int64))[:, None]
     columns = np.arange(domain.columns, dtype=np.int64)[None, :]
     variables: dict[Var, Any] = {domain.row(): rows, domain.column(1): columns}
     shape = (len(rows), domain.columns)
-    accessed = [
-        np.broadcast_to(place.evaluate(variables) % stride, shape)
-        for buffer, place in probe(root, domain)
-        if buffer is product
+    places = [
+        np.broadcast_to(place.evaluate(variables), shape) for buffer, place in probe(root, domain) if buffer is product
     ]
+    accessed = [place % stride for place in places]
+    by_rows = domain.rows * stride * 4 == product.nbytes and all((p // stride == rows).all() for p in places)
     width = ROWS
     while width <= max(domain.columns, ROWS):
         if (width == ROWS or domain.columns % width == 0) and width % root.granule == 0:
@@ -85,7 +99,7 @@ def _offsets(
                 ((read - offset) // width == columns // width).all()
                 for read, offset in zip(accessed, first, strict=True)
             ):
-                return tuple(sorted(set(first))), width
+                return tuple(sorted(set(first))), width, by_rows
         width *= 2
     return None
 
@@ -101,4 +115,4 @@ def covers(attached: list[Attached], product: Buffer) -> bool:
     return bool((taken[: product.shape[-1]] == 1).all())
 
 
-__all__ = ["Attached", "Root", "attach", "covers"]
+__all__ = ["Attached", "ProductRows", "Root", "attach", "covers"]

@@ -1,15 +1,19 @@
 """Attention of a ragged batch to pages in place, with an online softmax (Milakov & Gimelshein, arXiv:1805.02867).
 
-The work is cut into *segments*, one for each token, KV head and group of up to M of its query heads, and a segment into
-blocks of keys. All blocks of all segments, side by side, are shared out evenly: thread id of n takes blocks
-[W · id / n, W · (id + 1) / n), however many tokens and however long a context. A segment that lies within one thread's
-share is finished by it; of one that is cut, each thread leaves the largest score, the sum of weights and the weighted
-values in scratch, and the thread that comes last joins them. So there is no barrier inside.
+The work is cut into *segments*, one for each token and part of the KV heads, and a segment into blocks of keys. All
+blocks of all segments, side by side, are shared out evenly: thread id of n takes blocks [W · id / n, W · (id + 1) / n),
+however many tokens and however long a context. A segment that lies within one thread's share is finished by it; of one
+that is cut, each thread leaves the largest score, the sum of weights and the weighted values in scratch, and the thread
+that comes last joins them. So there is no barrier inside.
+
+Query heads that share a KV head are computed in groups of up to M, one group after another for each block: what is read
+of a page lies side by side, and comes from memory in order. The states of the groups' softmaxes are in scratch.
 
 Keys of a block are read once for all M heads: products of vectors of 16 lanes, added up by a tree of shuffles so that
 the scores of a block are one vector a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from xdsl.dialects.builtin import TensorType
@@ -22,12 +26,18 @@ from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, 
 from llmir_jax.targets.cpu import elementary
 from llmir_jax.targets.cpu.elementwise import FLOATS
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
-from llmir_jax.targets.cpu.halves import half_to_float, widen
+from llmir_jax.targets.cpu.halves import half_to_float
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
+from llmir_jax.targets.cpu.layout import round_up
 from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
+from llmir_jax.targets.cpu.page_rows import page_row, row_values
 
+ROW_BYTES = 1024
+"""Bytes of a page's row, at least, that are read together, if it has as many."""
+PREFETCHED = 1
+"""Blocks from the one that is computed to the one that is fetched meanwhile."""
 MAX_HEADS = 4
 """M: query heads whose sums stay in registers beside each other."""
 
@@ -42,6 +52,7 @@ class AttentionShape:
     head_dim: int
     value_dim: int
     num_threads: int
+    row_bytes: int  # of the keys of a token
 
     @staticmethod
     def of(op: llm.AttendPagesOp, num_threads: int) -> "AttentionShape":
@@ -55,28 +66,35 @@ class AttentionShape:
             head_dim=head_dim,
             value_dim=values[3],
             num_threads=num_threads,
+            row_bytes=pages[2] * pages[3] * element_bits(op.k_pages.type) // 8,
         )
 
     @property
     def heads(self) -> int:
-        """M, query heads of a segment."""
+        """M, query heads of a group."""
         shared = self.num_heads // self.num_kv_heads
         return max(m for m in range(1, MAX_HEADS + 1) if shared % m == 0)
 
     @property
     def num_segments(self) -> int:
-        """Segments of a token."""
-        return self.num_heads // self.heads
+        """Segments of a token: as many as leave each enough of a row to be read in order."""
+        most = max(1, self.row_bytes // ROW_BYTES)
+        return max(p for p in range(1, self.num_kv_heads + 1) if self.num_kv_heads % p == 0 and p <= most)
 
     @property
-    def partial_floats(self) -> int:
-        """float32 numbers that a thread leaves of a segment it has a part of: largest, sum, values for each head."""
-        return self.heads * (2 + self.value_dim)
+    def num_groups(self) -> int:
+        """Groups of a segment."""
+        return self.num_heads // self.heads // self.num_segments
+
+    @property
+    def group_floats(self) -> int:
+        """float32 numbers of a group's state: largest, sum, values for each head; in whole vectors."""
+        return round_up(self.heads * (2 + self.value_dim), 16)
 
     @property
     def scratch_bytes(self) -> int:
-        """Two partial segments for each thread."""
-        return 2 * self.num_threads * self.partial_floats * 4
+        """The states of two segments for each thread."""
+        return 2 * self.num_threads * self.num_groups * self.group_floats * 4
 
     @property
     def counter_bytes(self) -> int:
@@ -87,6 +105,14 @@ class AttentionShape:
 def _page_shape(kind: Attribute) -> tuple[int, ...]:
     assert isinstance(kind, TensorType | llm.QuantizedTensorType)
     return tuple(kind.get_shape())
+
+
+def element_bits(kind: Attribute) -> int:
+    """Of an element in pages of a type."""
+    if isinstance(kind, llm.QuantizedTensorType):
+        return int(kind.integer_type.width.data)
+    assert isinstance(kind, TensorType)
+    return 8 * int(element_dtype(kind.element_type).itemsize)
 
 
 def width_for(size: int, lanes: int) -> int:
@@ -111,6 +137,7 @@ class _Attention:
         scratch: Buffer,
         counters: Buffer,
         num_threads: int,
+        runs: Buffer | None,
     ):
         self.op, self.stored = op, stored
         self.shape = AttentionShape.of(op, num_threads)
@@ -124,6 +151,7 @@ class _Attention:
         )
         self.k_pages, self.v_pages = k_pages, v_pages
         self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
+        self.runs = None if runs is None else self.kernel.pointer(runs)
         self.page_size = k_pages.shape[1]
         self.lanes = module.host.lanes
         self.block = self.lanes  # keys of a block: their scores are one vector
@@ -163,8 +191,15 @@ class _Attention:
         f, shape = self.f, self.shape
         count = f.minimum(self.scalar(self.op.num_tokens, [], {}), shape.num_rows)
 
+        def mine(row: Value, number: Number) -> Number:
+            """A number of blocks, 0 for a token of a tile."""
+            if self.runs is None:
+                return number
+            run = f.load("i32", self.runs, f.mul(row, 4), align=4)
+            return f.select(f.compare("eq", run, constant("i32", 1)), f.value(number), f.value(0))
+
         def add(row: Value, carried: list[Value]) -> list[Value]:
-            blocks = f.mul(self.span(row)[1], shape.num_segments)
+            blocks = f.mul(mine(row, self.span(row)[1]), shape.num_segments)
             return [f.value(f.add(carried[0], blocks))]
 
         (total,) = f.loop(0, count, 1, add, [f.value(0)])
@@ -174,7 +209,8 @@ class _Attention:
         def token(row: Value, carried: list[Value]) -> list[Value]:
             before = carried[0]
             first, blocks, start, end = self.span(row)
-            after = f.value(f.add(before, f.mul(blocks, shape.num_segments)))
+            own = mine(row, blocks)
+            after = f.value(f.add(before, f.mul(own, shape.num_segments)))
             touched = f.binary("and", f.compare("slt", before, hi), f.compare("sgt", after, lo))
             position, sequence = self.position, self.sequence
 
@@ -194,7 +230,7 @@ class _Attention:
                 f.loop(0, shape.num_segments, 1, segment)
 
             f.when(touched, segments)
-            self._zero_if_blind(row, blocks)
+            self._zero_if_blind(row, own, mine(row, 1))
             return [after]
 
         f.loop(0, count, 1, token, [f.value(0)])
@@ -212,10 +248,10 @@ class _Attention:
 
         f.loop(0, size, 1, zero)
 
-    def _zero_if_blind(self, row: Value, blocks: Number) -> None:
+    def _zero_if_blind(self, row: Value, blocks: Number, is_mine: Number) -> None:
         """A token that sees nothing has zeros."""
         f = self.f
-        blind = f.binary("and", f.compare("eq", blocks, 0), f.compare("eq", self.id, 0))
+        blind = f.binary("and", f.compare("slt", blocks, is_mine), f.compare("eq", self.id, 0))
         f.when(blind, lambda: self._zero_row(row))
 
     def _zero_padding(self, count: Number) -> None:
@@ -248,48 +284,72 @@ class _Attention:
     ) -> None:
         f, shape = self.f, self.shape
         heads = shape.heads
-        from_ = f.maximum(begin, lo)
-        to = f.minimum(stop, hi)
-        head0 = f.mul(number, heads)
-        kv_head = f.div(head0, shape.num_heads // shape.num_kv_heads)
-        q = f.at(self.q, f.mul(f.add(f.mul(row, shape.num_heads), head0), 4 * shape.head_dim))
-        vectors = shape.value_dim // self.v_width
-        zero = constant("float", 0.0, self.v_width)
-        state = [constant("float", -3.4e38)] * heads + [constant("float", 0.0)] * heads + [zero] * (heads * vectors)
+        # the first part of a thread's share continues a segment of the thread before it
+        slot = f.select(f.compare("slt", begin, lo), f.value(0), f.value(1))
+        mine = self._slot(f.add(f.mul(self.id, 2), slot))
+        self._each_group(lambda group: self._store_state(self._nothing(), self._state_at(mine, group)))
+
+        def place(array: Value, group: Value, dim: int) -> tuple[Number, Value]:
+            """The first query head of a group, and where its rows begin in queries or outputs."""
+            head0 = f.mul(f.add(f.mul(number, shape.num_groups), group), heads)
+            return head0, f.at(array, f.mul(f.add(f.mul(row, shape.num_heads), head0), 4 * dim))
 
         def block(i: Value, carried: list[Value]) -> list[Value]:
             key = f.mul(f.add(first, f.sub(i, begin)), self.block)
-            return self._block(q, kv_head, key, head0, start, end, position, sequence, carried)
+            rows = self._rows(key, end, sequence)
+            last_block = f.mul(f.div(f.sub(end, 1), self.block), self.block)
+            coming = self._rows(f.minimum(f.add(key, PREFETCHED * self.block), last_block), end, sequence)
 
-        done = f.loop(from_, to, 1, block, state)
-        out = f.at(self.output, f.mul(f.add(f.mul(row, shape.num_heads), head0), 4 * shape.value_dim))
+            def of(group: Value) -> None:
+                head0, q = place(self.q, group, shape.head_dim)
+                kv_head = f.div(head0, shape.num_heads // shape.num_kv_heads)
+                at = self._state_at(mine, group)
+                state = self._load_state(at)
+                self._store_state(self._block(q, kv_head, key, head0, start, end, position, rows, coming, state), at)
+
+            self._each_group(of)
+            return []
+
+        f.loop(f.maximum(begin, lo), f.minimum(stop, hi), 1, block)
         is_whole = f.binary("and", f.compare("sge", begin, lo), f.compare("sle", stop, hi))
-        f.when(is_whole, lambda: self._finish(done, out))
+
+        def finish(group: Value) -> None:
+            _, out = place(self.output, group, shape.value_dim)
+            self._finish(self._load_state(self._state_at(mine, group)), out)
+
+        f.when(is_whole, lambda: self._each_group(finish))
         is_part = f.binary("xor", is_whole, constant("i1", 1))
 
         def leave() -> None:
-            # the first part of a thread's share continues a segment of the thread before it
-            slot = f.select(f.compare("slt", begin, lo), f.value(0), f.value(1))
-            self._store_partial(done, f.add(f.mul(self.id, 2), slot))
             counter = f.at(self.counters, f.mul(f.add(f.mul(row, shape.num_segments), number), 4))
             one, last = self._owner(begin, total), self._owner(f.sub(stop, 1), total)
             old = f.emit("i32", f"atomicrmw add ptr {counter.ref}, i32 1 acq_rel")
             expected = f.cast("trunc", f.value(f.sub(last, one)), "i32")
             is_last = f.compare("eq", old, expected)
 
-            def join() -> None:
-                f.do(f"store atomic i32 0, ptr {counter.ref} monotonic, align 4")
-
+            def join(group: Value) -> None:
                 def part(thread: Value, carried: list[Value]) -> list[Value]:
                     which = f.select(f.compare("eq", thread, one), f.value(1), f.value(0))
-                    other = self._load_partial(f.add(f.mul(thread, 2), which))
-                    return self._merge(carried, other)
+                    other = self._slot(f.add(f.mul(thread, 2), which))
+                    return self._merge(carried, self._load_state(self._state_at(other, group)))
 
-                self._finish(f.loop(one, f.add(last, 1), 1, part, state), out)
+                _, out = place(self.output, group, shape.value_dim)
+                self._finish(f.loop(one, f.add(last, 1), 1, part, self._nothing()), out)
 
-            f.when(is_last, join)
+            def join_all() -> None:
+                f.do(f"store atomic i32 0, ptr {counter.ref} monotonic, align 4")
+                self._each_group(join)
+
+            f.when(is_last, join_all)
 
         f.when(is_part, leave)
+
+    def _each_group(self, of: Callable[[Value], None]) -> None:
+        def body(group: Value, carried: list[Value]) -> list[Value]:
+            of(group)
+            return []
+
+        self.f.loop(0, self.shape.num_groups, 1, body)
 
     def _owner(self, work: Number, total: Value) -> Number:
         """The thread whose share has a block: the largest id with total · id / n ≤ work."""
@@ -297,23 +357,34 @@ class _Attention:
         scaled = f.sub(f.mul(f.add(work, 1), self.n), 1)
         return f.div(scaled, total)
 
-    def _store_partial(self, state: list[Value], slot: Number) -> None:
-        f, heads = self.f, self.shape.heads
-        base = f.at(self.scratch, f.mul(slot, 4 * self.shape.partial_floats))
-        offset = 0
-        for value in state:
-            f.store(value, base, offset, align=4)
-            offset += 4 * (self.v_width if value.type.startswith("<") else 1)
-        assert offset == 4 * (2 * heads + heads * self.shape.value_dim)
+    # The state of a group: the largest score of each head, the sum of its weights, and the weighted values
 
-    def _load_partial(self, slot: Number) -> list[Value]:
+    def _nothing(self) -> list[Value]:
+        heads, vectors = self.shape.heads, self.shape.value_dim // self.v_width
+        zero = constant("float", 0.0, self.v_width)
+        return [constant("float", -3.4e38)] * heads + [constant("float", 0.0)] * heads + [zero] * (heads * vectors)
+
+    def _slot(self, number: Number) -> Value:
+        """Where the states of a segment are."""
+        return self.f.at(self.scratch, self.f.mul(number, 4 * self.shape.num_groups * self.shape.group_floats))
+
+    def _state_at(self, slot: Value, group: Value) -> Value:
+        return self.f.at(slot, self.f.mul(group, 4 * self.shape.group_floats))
+
+    def _store_state(self, state: list[Value], base: Value) -> None:
+        """The values first, so that they lie in whole vectors."""
+        f, heads = self.f, self.shape.heads
+        for i, value in enumerate(state[2 * heads :]):
+            f.store(value, base, 4 * self.v_width * i, align=4)
+        for i, value in enumerate(state[: 2 * heads]):
+            f.store(value, base, 4 * (heads * self.shape.value_dim + i), align=4)
+
+    def _load_state(self, base: Value) -> list[Value]:
         f, shape = self.f, self.shape
-        base = f.at(self.scratch, f.mul(slot, 4 * shape.partial_floats))
-        scalars = [f.load("float", base, 4 * i, align=4) for i in range(2 * shape.heads)]
-        count = shape.heads * shape.value_dim // self.v_width
-        start = 8 * shape.heads
+        size = shape.heads * shape.value_dim
+        scalars = [f.load("float", base, 4 * (size + i), align=4) for i in range(2 * shape.heads)]
         kind = vector("float", self.v_width)
-        return scalars + [f.load(kind, base, start + 4 * self.v_width * i, align=4) for i in range(count)]
+        return scalars + [f.load(kind, base, 4 * i, align=4) for i in range(0, size, self.v_width)]
 
     def _merge(self, a: list[Value], b: list[Value]) -> list[Value]:
         f, heads = self.f, self.shape.heads
@@ -346,13 +417,16 @@ class _Attention:
 
     def _row_of_key(self, key: Number, sequence: Value) -> Number:
         """The number of a key's row in the page arrays."""
-        f = self.f
-        _, entries = shape_of(self.op.block_tables)
+        return page_row(self.f, self.scalar, self.op, self.page_size, key, sequence)
 
-        seqs = shape_of(self.op.seq_lens)[0]
-        entry = dynamic(f.value(f.div(key, self.page_size)), entries)
-        page = self.scalar(self.op.block_tables, [dynamic(sequence, seqs), entry], {})
-        return f.add(f.mul(page, self.page_size), f.rem(key, self.page_size))
+    def _rows(self, key: Number, end: Value, sequence: Value) -> list[Number]:
+        """Rows of a block's keys; past the end, the last one again."""
+        f = self.f
+        if self.page_size % self.block == 0:
+            first_row = self._row_of_key(key, sequence)
+            return [f.add(first_row, i) for i in range(self.block)]
+        last = f.sub(end, 1)
+        return [self._row_of_key(f.minimum(f.add(key, i), last), sequence) for i in range(self.block)]
 
     def _block(
         self,
@@ -363,21 +437,13 @@ class _Attention:
         start: Value,
         end: Value,
         position: Value,
-        sequence: Value,
+        rows: list[Number],
+        coming: list[Number],
         state: list[Value],
     ) -> list[Value]:
         f, shape, heads = self.f, self.shape, self.shape.heads
         vectors = shape.value_dim // self.v_width
-        # rows of the block's keys; past the end, the last one again
-        contiguous = self.page_size % self.block == 0
-        last = f.sub(end, 1)
-        rows: list[Number] = []
-        if contiguous:
-            first_row = self._row_of_key(key, sequence)
-            rows = [f.add(first_row, i) for i in range(self.block)]
-        else:
-            rows = [self._row_of_key(f.minimum(f.add(key, i), last), sequence) for i in range(self.block)]
-        scores = self._scores(q, kv_head, rows)
+        scores = self._scores(q, kv_head, rows, coming)
         k_scales, v_scales = (self._scales(scales, kv_head, rows) for scales in (self.k_scales, self.v_scales))
         numbers = f.binary("add", f.splat(f.value(key), self.block), constants("i64", range(self.block)))
         seen = f.compare("slt", numbers, f.splat(end, self.block))
@@ -411,7 +477,7 @@ class _Attention:
             for h in range(heads)
             for v in range(vectors)
         ]
-        values = self._weigh(weights_at, kv_head, key, start, end, sequence, rows, values)
+        values = self._weigh(weights_at, kv_head, key, start, end, rows, values)
         return largest + sums + values
 
     def _scales(self, scales: Value | None, kv_head: Number, rows: list[Number]) -> Value | None:
@@ -427,42 +493,8 @@ class _Attention:
 
     def _row(self, pages: Buffer, row: Number, kv_head: Number, dim: int, width: int) -> list[Value]:
         """A key or a value of a head as floats, in vectors; those of 8 bits without their scale."""
-        f = self.f
-        place = f.add(f.mul(row, self.shape.num_kv_heads), kv_head)
-        base = f.at(self.kernel.pointer(pages), f.mul(place, pages.width * pages.shape[-1]))
-        if pages.minima is not None:
-            scale, minimum = (
-                half_to_float(f, f.load("half", self.kernel.pointer(side), f.mul(place, 2), align=2))
-                for side in pages.parts[1:]
-            )
-            return [
-                f.fma(self._nibbles(base, at, width), f.splat(scale, width), f.splat(minimum, width))
-                for at in range(0, dim, width)
-            ]
-        found = [
-            f.load(vector(pages.element, width), base, pages.width * at, align=pages.width)
-            for at in range(0, dim, width)
-        ]
-        if pages.element == "i8":
-            return [f.cast("sitofp", f.cast("sext", x, "i32"), "float") for x in found]
-        return [widen(f, x) for x in found]
-
-    def _nibbles(self, base: Value, at: int, width: int) -> Value:
-        """Elements [at, at + width) of 4 bits, two a byte, the first in the low bits; as floats."""
-        f = self.f
-        if width == 1:
-            byte = f.cast("zext", f.load("i8", base, at // 2), "i32")
-            shifted = f.binary("lshr", byte, constant("i32", 4 * (at % 2)))
-            return f.cast("sitofp", f.binary("and", shifted, constant("i32", 15)), "float")
-        half = width // 2
-        raw = f.load(vector("i8", half), base, at // 2)
-        low = f.binary("and", raw, constant("i8", 15, half))
-        high = f.binary("lshr", raw, constant("i8", 4, half))
-        if half == 1:
-            both = f.join([low, high])
-        else:
-            both = f.shuffle(low, high, [i // 2 + half * (i % 2) for i in range(width)])
-        return f.cast("sitofp", f.cast("zext", both, "i32"), "float")
+        place = self.f.add(self.f.mul(row, self.shape.num_kv_heads), kv_head)
+        return row_values(self.kernel, pages, place, dim, width)
 
     def _bias(self, h: int, head0: Number, numbers: Value, position: Value) -> Value:
         f = self.f
@@ -475,12 +507,23 @@ class _Attention:
         distance = f.cast("sitofp", f.binary("sub", numbers, f.splat(position, self.block)), "float")
         return f.binary("fmul", f.splat(slope, self.block), distance)
 
-    def _scores(self, q: Value, kv_head: Number, rows: list[Number]) -> list[Value]:
-        """q · k for each head: a vector of the block's keys."""
+    def _prefetch(self, row: Number, kv_head: Number) -> None:
+        """Ask for a row's key and value of a head."""
+        f = self.f
+        place = f.add(f.mul(row, self.shape.num_kv_heads), kv_head)
+        for pages in (self.k_pages, self.v_pages):
+            num_bytes = pages.width * pages.shape[-1]
+            base = f.at(self.kernel.pointer(pages), f.mul(place, num_bytes))
+            for at in range(0, num_bytes, 64):
+                f.prefetch(base, at)
+
+    def _scores(self, q: Value, kv_head: Number, rows: list[Number], coming: list[Number]) -> list[Value]:
+        """q · k for each head: a vector of the block's keys. Meanwhile the keys and values of `coming` are fetched."""
         f, shape, width = self.f, self.shape, self.k_width
         kind = vector("float", width)
         partial: list[list[Value]] = [[] for _ in range(shape.heads)]
-        for row in rows:
+        for number, row in enumerate(rows):
+            self._prefetch(coming[number], kv_head)
             totals: list[Value | None] = [None] * shape.heads
             for i, key in enumerate(self._row(self.k_pages, row, kv_head, shape.head_dim, width)):
                 for h in range(shape.heads):
@@ -499,7 +542,6 @@ class _Attention:
         key: Number,
         start: Value,
         end: Value,
-        sequence: Value,
         rows: list[Number],
         values: list[Value],
     ) -> list[Value]:
@@ -540,9 +582,14 @@ def attention_kernel(
     scratch: Buffer,
     counters: Buffer,
     num_threads: int,
+    runs: Buffer | None,
 ) -> tuple[str, list[Buffer]]:
-    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers."""
-    return _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads).emit()
+    """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers.
+
+    Of `runs` (see `attention_tiles`), where given, it takes the tokens by themselves.
+    """
+    attention = _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads, runs)
+    return attention.emit()
 
 
 def pages_reason(kind: Attribute, host: Host) -> str | None:
@@ -564,4 +611,4 @@ def dtype_name(kind: Attribute) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionShape", "attention_kernel", "pages_reason"]
+__all__ = ["AttentionShape", "attention_kernel", "page_row", "pages_reason"]

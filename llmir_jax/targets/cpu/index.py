@@ -82,6 +82,18 @@ class Index:
         low = tuple((atom, c) for atom, c in self.terms if c % divisor)
         return _simplified(self.constant // divisor, dict(high)), Index(self.constant % divisor, low)
 
+    def _coarse(self, divisor: int) -> tuple["Index", "Index", int] | None:
+        """(a, b, unit) with self = a · unit + b and b < unit, a divisor of `divisor` above 1; None if there is none.
+
+        Then self // divisor = a // (divisor / unit): (512·c + r) // 32768 = c // 64 for r < 512.
+        """
+        units = {int(np.gcd(coefficient, divisor)) for _, coefficient in self.terms} - {1, divisor}
+        for unit in sorted(units, reverse=True):
+            whole, rest = self._split(unit)
+            if rest.last < unit:
+                return whole, rest, unit
+        return None
+
     def __floordiv__(self, divisor: int) -> "Index":
         if divisor == 1:
             return self
@@ -92,6 +104,10 @@ class Index:
             atom = low.terms[0][0]
             if isinstance(atom, Quotient):
                 return high + atom.index // (atom.divisor * divisor)
+        coarse = low._coarse(divisor)
+        if coarse is not None:
+            whole, _, unit = coarse
+            return high + whole // (divisor // unit)
         return high + Index(0, ((Quotient(low, divisor), 1),))
 
     def __mod__(self, divisor: int) -> "Index":
@@ -100,6 +116,10 @@ class Index:
         _, low = self._split(divisor)
         if low.last < divisor:
             return low
+        coarse = low._coarse(divisor)
+        if coarse is not None:
+            whole, rest, unit = coarse
+            return whole % (divisor // unit) * unit + rest
         return Index(0, ((Remainder(low, divisor), 1),))
 
     @property
@@ -213,6 +233,8 @@ def _multiple(index: Index, variable: Var) -> int:
     result = abs(index.constant)
     for atom, coefficient in index.terms:
         factor = atom.multiple if isinstance(atom, Var) else 1
+        if isinstance(atom, Remainder):
+            factor = int(np.gcd(_multiple(atom.index, variable), atom.divisor))
         result = int(np.gcd(result, coefficient * factor))
     return result
 

@@ -342,6 +342,21 @@ class Function:
             level = [self.shuffle(a, b, range(2 * width)) for a, b in zip(level[::2], level[1::2], strict=True)]
         return level[0]
 
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """As many vectors as they have lanes: vector i of the result has lane i of each. Blocks of 1, 2, 4 … change."""
+        found = list(rows)
+        size = 1
+        while size < len(found):
+            for i in range(len(found)):
+                if i & size:
+                    continue
+                a, b = found[i], found[i | size]
+                lanes = range(len(found))
+                found[i] = self.shuffle(a, b, [len(found) + j - size if j & size else j for j in lanes])
+                found[i | size] = self.shuffle(a, b, [len(found) + j if j & size else j + size for j in lanes])
+            size *= 2
+        return found
+
     def combine(self, op: str, a: Value, b: Value) -> Value:
         """An instruction, or an intrinsic for what is none ("umax")."""
         return self.overloaded(f"llvm.{op}", [a, b]) if op in ("umax", "smax") else self.binary(op, a, b)
@@ -371,6 +386,11 @@ class Function:
         self.do(f"store {value.type} {value.ref}, ptr {self.at(pointer, offset).ref}, align {align}")
 
     # Control
+
+    def prefetch(self, pointer: Value, offset: Number = 0) -> None:
+        """Ask for the cache line of an address, which need not exist."""
+        self.module.declare("llvm.prefetch.p0", "void", ["ptr", "i32", "i32", "i32"])
+        self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset).ref}, i32 0, i32 3, i32 1)")
 
     def label(self, name: str) -> None:
         """Begin a block."""

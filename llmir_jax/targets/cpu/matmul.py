@@ -18,6 +18,9 @@ from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant
 
 TILES_AT_ONCE = 4
 """Tiles that stay in a core's nearest cache while all rows go by."""
+ROWS_AT_ONCE, MANY_ROWS_AT_ONCE = 4, 6
+"""Tokens whose sums stay in registers with two vectors of rows: of few, and of many, where a rest is little."""
+_MANY = 128
 _UNROLLED = 16
 """At most so many vectors of a block are straight code."""
 
@@ -122,6 +125,15 @@ _DOTS = {
 }
 
 
+def vectors_at_once(module: Module, inputs: InputFormat) -> int:
+    """Vectors of rows whose sums stay in registers, where there are many tokens.
+
+    Two, so that a number of the input that is read serves two: machines read two vectors at a time while they add up
+    two, and scales and weights are read too.
+    """
+    return 2 if inputs.is_int8 and module.host.num_registers == 32 else 1
+
+
 def tokens_at_once(module: Module, weight: PackedFormat) -> int:
     """R, the most tokens whose sums stay in registers."""
     registers = module.host.num_registers
@@ -130,16 +142,25 @@ def tokens_at_once(module: Module, weight: PackedFormat) -> int:
     return 8 if registers == 32 else 4
 
 
+def rows_at_once(module: Module, inputs: InputFormat) -> int:
+    """Tokens that are computed together: all, if there are few."""
+    at_once = tokens_at_once(module, inputs.weight)
+    if inputs.num_rows <= at_once:
+        return inputs.num_rows
+    if vectors_at_once(module, inputs) == 1:
+        return at_once
+    return MANY_ROWS_AT_ONCE if inputs.num_rows >= _MANY else ROWS_AT_ONCE
+
+
 @dataclass
 class _Product:
-    """Emits the sums of some rows of activations and one vector of rows of a tile."""
+    """Emits the sums of some rows of activations and some vectors of rows of tiles, those of a row side by side."""
 
     f: Function
     inputs: InputFormat
     x: Value
-    tile: Value
     rows: list[Number]
-    sub: int  # which vector of the tile's 16 rows
+    vectors: list[tuple[Value, int]]  # tiles, and which vector of a tile's 16 rows
 
     def __post_init__(self) -> None:
         self.lanes = self.f.module.host.lanes
@@ -152,21 +173,24 @@ class _Product:
         place = f.add(f.mul(self.rows[row], 4 * self.weight.num_blocks), f.mul(block, 4))
         return f.splat(f.load(type_, self.x, f.add(place, self.inputs.side(number)), align=4), self.lanes)
 
-    def _weight_side(self, number: int, block: Value) -> Value:
+    def _weight_side(self, number: int, block: Value) -> list[Value]:
         f, weight = self.f, self.weight
         width = weight.side_bytes // ROWS
-        offset = weight.value_bytes + number * weight.side_bytes + self.sub * self.lanes * width
-        base = f.at(self.tile, f.add(f.mul(block, weight.block_bytes), offset))
-        loaded = f.load(vector(weight.side, self.lanes), base, align=width)
-        return loaded if weight.side == "float" else half_to_float(f, loaded)
+        found = []
+        for tile, sub in self.vectors:
+            offset = weight.value_bytes + number * weight.side_bytes + sub * self.lanes * width
+            base = f.at(tile, f.add(f.mul(block, weight.block_bytes), offset))
+            loaded = f.load(vector(weight.side, self.lanes), base, align=width)
+            found.append(loaded if weight.side == "float" else half_to_float(f, loaded))
+        return found
 
-    def _vectors(self) -> int:
+    def _vectors_of_block(self) -> int:
         """Vectors of bytes of a block."""
         return self.weight.padded_block // (8 if self.weight.bits == 4 else 4)
 
     def _over_vectors(self, state: list[Value], step: Callable[[Number, list[Value]], list[Value]]) -> list[Value]:
         """step(number of the vector, state) → state for each vector of a block."""
-        count = self._vectors()
+        count = self._vectors_of_block()
         whole = 0 if count <= _UNROLLED else count // 8 * 8
         if whole:
 
@@ -180,10 +204,13 @@ class _Product:
             state = step(i, state)
         return state
 
-    def _bytes(self, block: Value, number: Number) -> Value:
+    def _bytes(self, block: Value, number: Number) -> list[Value]:
         f = self.f
-        offset = f.add(f.mul(block, self.weight.block_bytes), f.add(f.mul(number, 64), self.sub * self.lanes * 4))
-        return f.load(vector("i8", 4 * self.lanes), self.tile, offset, align=4)
+        found = []
+        for tile, sub in self.vectors:
+            offset = f.add(f.mul(block, self.weight.block_bytes), f.add(f.mul(number, 64), sub * self.lanes * 4))
+            found.append(f.load(vector("i8", 4 * self.lanes), tile, offset, align=4))
+        return found
 
     def _nibbles(self, raw: Value) -> list[Value]:
         f, lanes = self.f, self.lanes
@@ -192,48 +219,54 @@ class _Product:
         shifted = f.bitcast(f.binary("lshr", wide, constant("i16", 4, 2 * lanes)), raw.type)
         return [f.binary("and", raw, mask), f.binary("and", shifted, mask)]
 
+    def _unpacked(self, raw: Value) -> list[Value]:
+        """Bytes as the dot instruction takes them; of four bits, the low ones and the high ones."""
+        if self.weight.bits == 4:
+            return self._nibbles(raw)
+        if self.dot.takes_biased or self.weight.has_minima:
+            return [raw]
+        return [self.f.binary("xor", raw, constant("i8", -128, 4 * self.lanes))]
+
     def int8_block(self, block: Value, sums: list[Value]) -> list[Value]:
         """Sums with those of a block added."""
-        f, weight = self.f, self.weight
+        f, weight, count = self.f, self.weight, len(self.vectors)
         is_nibble = weight.bits == 4
-        takes_u = is_nibble or self.dot.takes_biased
         sums_init = []
         for row in range(len(self.rows)):
             zero = constant("i32", 0, self.lanes)
-            if takes_u and weight.bias:
+            if (is_nibble or self.dot.takes_biased) and weight.bias:
                 correction = self._side(1, row, block, "i32")
                 zero = f.binary("mul", correction, constant("i32", -weight.bias, self.lanes))
-            sums_init.append(zero)
+            sums_init += [zero] * count
 
         def step(number: Number, dots: list[Value]) -> list[Value]:
-            raw = self._bytes(block, number)
-            if is_nibble:
-                parts = self._nibbles(raw)
-            elif takes_u:
-                parts = [raw]
-            else:
-                flipped = 0 if weight.has_minima else -128
-                parts = [f.binary("xor", raw, constant("i8", flipped, 4 * self.lanes)) if flipped else raw]
+            parts = [self._unpacked(raw) for raw in self._bytes(block, number)]
             result = list(dots)
-            for part, u in enumerate(parts):
+            for part in range(len(parts[0])):
                 for row, place in enumerate(self.rows):
                     offset = f.add(f.mul(place, self.inputs.row_bytes), f.mul(block, weight.padded_block))
                     offset = f.add(f.add(offset, f.mul(number, 4)), part * (weight.padded_block // 2))
                     four = f.splat(f.load("i32", self.x, offset, align=4), self.lanes)
                     x = f.bitcast(four, vector("i8", 4 * self.lanes))
-                    result[row] = self.dot.emit(f, result[row], u, x, is_nibble)
+                    for v, u in enumerate(parts):
+                        at = row * count + v
+                        result[at] = self.dot.emit(f, result[at], u[part], x, is_nibble)
             return result
 
         dots = self._over_vectors(sums_init, step)
-        scale = self._weight_side(0, block)
-        minimum = self._weight_side(1, block) if weight.has_minima else None
+        scales = self._weight_side(0, block)
+        minima = self._weight_side(1, block) if weight.has_minima else None
         result = []
-        for row, (dot, total) in enumerate(zip(dots, sums, strict=True)):
-            product = f.binary("fmul", scale, self._side(0, row, block, "float"))
-            total = f.fma(f.cast("sitofp", dot, "float"), product, total)
-            if minimum is not None:
-                total = f.fma(minimum, self._side(2, row, block, "float"), total)
-            result.append(total)
+        for row in range(len(self.rows)):
+            own_scale = self._side(0, row, block, "float")
+            own_sum = None if minima is None else self._side(2, row, block, "float")
+            for v, scale in enumerate(scales):
+                at = row * count + v
+                product = f.binary("fmul", scale, own_scale)
+                total = f.fma(f.cast("sitofp", dots[at], "float"), product, sums[at])
+                if minima is not None and own_sum is not None:
+                    total = f.fma(minima[v], own_sum, total)
+                result.append(total)
         return result
 
     def float_block(self, block: Value, sums: list[Value]) -> list[Value]:
@@ -241,7 +274,8 @@ class _Product:
         f, weight, lanes = self.f, self.weight, self.lanes
 
         def step(number: Number, partial: list[Value]) -> list[Value]:
-            raw = f.bitcast(self._bytes(block, number), vector("i32", lanes))
+            (content,) = self._bytes(block, number)
+            raw = f.bitcast(content, vector("i32", lanes))
             result = list(partial)
             bits = weight.bits
             for part in range(8 // bits):
@@ -260,25 +294,27 @@ class _Product:
             return result
 
         partial = self._over_vectors([constant("float", 0, lanes)] * len(self.rows), step)
-        scale = self._weight_side(0, block)
+        (scale,) = self._weight_side(0, block)
         result = [f.fma(part, scale, total) for part, total in zip(partial, sums, strict=True)]
         if weight.has_minima:
-            minimum = self._weight_side(1, block)
+            (minimum,) = self._weight_side(1, block)
             result = [f.fma(minimum, self._side(0, row, block, "float"), total) for row, total in enumerate(result)]
         return result
 
     def _float_columns(self, place: Number) -> list[Value]:
         """A vector of rows of each of the columns that lie together."""
         f, weight, lanes = self.f, self.weight, self.lanes
+        ((tile, sub),) = self.vectors
         size = weight.bits // 8 * weight.columns_together
-        offset = f.add(f.mul(place, size * ROWS), size * lanes * self.sub)
+        offset = f.add(f.mul(place, size * ROWS), size * lanes * sub)
         if weight.columns_together == 2:
-            return pair_of_bfloats(f, f.load(vector("i32", lanes), self.tile, offset, align=4))
-        return [widen(f, f.load(vector(weight.side, lanes), self.tile, offset, align=size))]
+            return pair_of_bfloats(f, f.load(vector("i32", lanes), tile, offset, align=4))
+        return [widen(f, f.load(vector(weight.side, lanes), tile, offset, align=size))]
 
     def float_weights(self) -> list[Value]:
         """Sums of float weights."""
         f, lanes = self.f, self.lanes
+        ((tile, sub),) = self.vectors
         together = self.weight.columns_together
         k = self.weight.padded_block // together
         copies = max(1, 8 // len(self.rows))  # so that sums do not wait for each other
@@ -287,7 +323,7 @@ class _Product:
         def pair(place: Number, sums: list[Value]) -> list[Value]:
             """Two columns by one instruction."""
             kind = vector("bfloat", 2 * lanes)
-            w = f.load(kind, self.tile, f.add(f.mul(place, 4 * ROWS), 4 * lanes * self.sub), align=4)
+            w = f.load(kind, tile, f.add(f.mul(place, 4 * ROWS), 4 * lanes * sub), align=4)
             result = []
             for total, row in zip(sums, self.rows, strict=True):
                 offset = f.add(f.mul(row, self.inputs.row_bytes), f.mul(place, 4))
@@ -322,20 +358,22 @@ class _Product:
         return sums
 
     def sums(self) -> list[Value]:
-        """Products of each row of activations with the vector of rows."""
+        """Products of each row of activations with each vector of rows."""
         if self.weight.is_float:
             return self.float_weights()
-        zeros = [constant("float", 0, self.lanes)] * len(self.rows)
+        zeros = [constant("float", 0, self.lanes)] * (len(self.rows) * len(self.vectors))
         block = self.int8_block if self.inputs.is_int8 else self.float_block
         return self.f.loop(0, self.weight.num_blocks, 1, block, zeros)
 
 
 def matmul_kernel(module: Module, inputs: InputFormat, *, row_stride: int, num_columns: int) -> str:
-    """A function (x, weight, y, tile, tiles) that computes some tiles of all rows: its name.
+    """A function (x, weight, y, row, end, tile, tiles) that computes some tiles of some rows: its name.
 
-    y is float32 [num_rows, row_stride], of which `num_columns` are written.
+    y is float32 [num_rows, row_stride], of which `num_columns` are written. Rows are those from `row`, a multiple of
+    `rows_at_once`, to `end` at least, and less than as many more; all of them if there are no more than that.
     """
-    parameters = [("x", "ptr"), ("w", "ptr"), ("y", "ptr noalias"), ("tile", "i64"), ("tiles", "i64")]
+    parameters = [("x", "ptr"), ("w", "ptr"), ("y", "ptr noalias")]
+    parameters += [(name, "i64") for name in ("row", "end", "tile", "tiles")]
     f = Function(module, parameters)
     arguments = f.arguments
     x, w, y = (arguments[name] for name in "xwy")
@@ -343,24 +381,39 @@ def matmul_kernel(module: Module, inputs: InputFormat, *, row_stride: int, num_c
     lanes = module.host.lanes
     ragged = num_columns % ROWS if row_stride % ROWS or num_columns > row_stride else 0
 
+    last_tile = f.value(f.sub(f.add(arguments["tile"], arguments["tiles"]), 1))
+    many = inputs.num_rows > tokens_at_once(module, weight)
+    together = vectors_at_once(module, inputs) if many else 1
+    subs = ROWS // lanes
+
     def rows_of(first: Number, count: int, start: Value, stop: Value) -> None:
-        def tile_of(tile: Value, carried: list[Value]) -> list[Value]:
-            base = f.at(w, f.mul(tile, weight.tile_bytes))
-            rows = [f.add(first, i) for i in range(count)]
-            for sub in range(ROWS // lanes):
-                sums = _Product(f=f, inputs=inputs, x=x, tile=base, rows=rows, sub=sub).sums()
-                for row, total in zip(rows, sums, strict=True):
-                    offset = f.add(f.mul(row, 4 * row_stride), f.add(f.mul(tile, 4 * ROWS), 4 * lanes * sub))
-                    place = f.at(y, offset)
+        rows = [f.add(first, i) for i in range(count)]
+
+        def compute(vectors: list[tuple[Value, int]]) -> None:
+            """Of vectors, as (tile, which of its vectors)."""
+            places = [(f.at(w, f.mul(tile, weight.tile_bytes)), sub) for tile, sub in vectors]
+            sums = _Product(f=f, inputs=inputs, x=x, rows=rows, vectors=places).sums()
+            for i, row in enumerate(rows):
+                for v, (tile, sub) in enumerate(vectors):
+                    total = sums[i * len(vectors) + v]
+                    place = f.at(y, f.add(f.mul(row, 4 * row_stride), f.add(f.mul(tile, 4 * ROWS), 4 * lanes * sub)))
                     if ragged:
                         _store_ragged(f, total, place, tile, weight.num_tiles - 1, ragged - lanes * sub)
                     else:
                         f.store(total, place, align=4)
+
+        def tile_of(tile: Value, carried: list[Value]) -> list[Value]:
+            if together > subs:
+                # of an odd number of tiles the last one is computed twice
+                compute([(f.value(f.minimum(f.add(tile, i), last_tile)), 0) for i in range(together)])
+                return []
+            for sub in range(0, subs, together):
+                compute([(tile, sub + i) for i in range(together)])
             return []
 
-        f.loop(start, stop, 1, tile_of)
+        f.loop(start, stop, max(1, together // subs), tile_of)
 
-    at_once = tokens_at_once(module, weight)
+    at_once = rows_at_once(module, inputs)
     whole = inputs.num_rows // at_once * at_once
 
     def some_tiles(start: Value, stop: Value) -> None:
@@ -368,13 +421,17 @@ def matmul_kernel(module: Module, inputs: InputFormat, *, row_stride: int, num_c
             rows_of(first, at_once, start, stop)
             return []
 
-        if whole:
-            f.loop(0, whole, at_once, block_of_rows)
+        if not many:
+            rows_of(0, inputs.num_rows, start, stop)
+            return
+        end = arguments["end"]
+        f.loop(arguments["row"], f.minimum(end, whole), at_once, block_of_rows)
         if inputs.num_rows > whole:
-            rows_of(whole, inputs.num_rows - whole, start, stop)
+            rest = f.compare("sgt", end, whole)
+            f.when(rest, lambda: rows_of(whole, inputs.num_rows - whole, start, stop))
 
-    last = f.value(f.add(arguments["tile"], arguments["tiles"]))
-    if inputs.num_rows <= at_once:
+    last = f.value(f.add(last_tile, 1))
+    if not many:
         some_tiles(arguments["tile"], last)
         return f.finish("matmul")
 
@@ -400,4 +457,4 @@ def _store_ragged(f: Function, total: Value, place: Value, tile: Value, last: in
     f.do(f"call void @{name}({total.type} {total.ref}, ptr {place.ref}, i32 4, {mask.type} {mask.ref})")
 
 
-__all__ = ["InputFormat", "matmul_kernel", "tokens_at_once"]
+__all__ = ["InputFormat", "matmul_kernel", "rows_at_once"]

@@ -28,8 +28,9 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
 from llmir_jax.dialects.stablehlo_ext import TopKOp
 from llmir_jax.targets.cpu.activations import prepare
-from llmir_jax.targets.cpu.attached import Attached, Root, attach, covers
+from llmir_jax.targets.cpu.attached import Attached, ProductRows, Root, attach, covers
 from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
+from llmir_jax.targets.cpu.attention_tiles import TileShape, least_run, runs_kernel, tiles_kernel
 from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element, scratch_element
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index
@@ -37,19 +38,24 @@ from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.layout import ROWS, round_up
 from llmir_jax.targets.cpu.llvm import Module, Number, Value
 from llmir_jax.targets.cpu.loops import Loops, rows_and_columns
-from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, tokens_at_once
+from llmir_jax.targets.cpu.matmul import InputFormat, matmul_kernel, rows_at_once
 from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.repeated import Repeated, Structure
 from llmir_jax.targets.cpu.roots import Matmul, Norm, follows_product, is_root_op, known_scales, weight_of
 from llmir_jax.targets.cpu.rows import Domain
 from llmir_jax.targets.cpu.schedule import Item, Plan, assemble, zeroing
 from llmir_jax.targets.cpu.selection import top_k
+from llmir_jax.targets.cpu.tokens import TokenRows
 from llmir_jax.targets.cpu.weights import Arrangement
 
 SMALL = 4096
 """Elements up to which every thread computes a value for itself."""
 COLUMNS_AT_ONCE = 64
 """Columns of a product that are computed before what reads them, where there are many rows."""
+CACHE_PERIOD = 256
+"""Floats: rows so far apart, or a multiple, share few sets of a core's nearest cache."""
+ROWS_TOGETHER = 48
+"""Rows of them, about: what is computed stays in a core's cache until it is read."""
 
 
 class Planner:
@@ -66,6 +72,7 @@ class Planner:
         self.main, self.arrangement, self.host, self.num_threads = main, arrangement, host, num_threads
         self.ops = list(main.body.block.ops)
         self.index = {op: i for i, op in enumerate(self.ops)}
+        self.tokens = TokenRows.of(main)
         self.module = Module(host)
         self.stored = Stored()
         self.loops = Loops(self.module, self.stored)
@@ -184,6 +191,8 @@ class Planner:
         counters = Buffer.of((64,), "i32")
         partials = Buffer.of((16,), "float")
         self.counters, self.partials = counters, partials
+        self.tile_scratch = Buffer.of((16,), "float", place="private")
+        self.runs: dict[tuple[SSAValue | int, ...], Buffer] = {}
         matmuls: list[tuple[Matmul, Buffer]] = []
         for op in self.ops:
             if isinstance(op, Matmul):
@@ -237,6 +246,7 @@ class Planner:
             num_operands=self.num_operands,
             num_results=self.num_results,
             num_threads=self.num_threads,
+            tokens=None if self.tokens is None else (self.stored.buffers[self.tokens.count], self.tokens.num_rows),
         )
 
     def _reserve(self, op: llm.AttendPagesOp) -> None:
@@ -291,7 +301,10 @@ class Planner:
         buffer = self.direct.get(op.output)
         if buffer is None:
             shape = shape_of(op.output)
-            buffer = Buffer.of(shape, "float", row_stride=round_up(shape[-1], ROWS))
+            stride = round_up(shape[-1], ROWS)
+            if stride % CACHE_PERIOD == 0 and len(shape) > 1:
+                stride += ROWS
+            buffer = Buffer.of(shape, "float", row_stride=stride)
         self.stored.buffers[op.output] = buffer
         return buffer
 
@@ -380,8 +393,15 @@ class Planner:
                 lambda: prepare(self.loops, op.x, inputs, buffer, known_scales(op)),
             )
             columns = inputs.weight.num_columns
-            self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, ("rows", inputs.num_rows, columns))
+            kind = "tokens" if self._live(op.x) is not None else "rows"
+            self._add_item(self.index[op] - 0.5, name, buffers, {buffer}, (kind, inputs.num_rows, columns))
         return self.prepared[key]
+
+    def _live(self, value: SSAValue) -> Buffer | None:
+        """Where the number of rows of a value that are no padding is, if its rows are tokens."""
+        if self.tokens is None or not self.tokens.are_rows_of(value):
+            return None
+        return self.stored.buffers[self.tokens.count]
 
     def _matmul_item(self, op: Matmul, product: Buffer, attached: list[Attached]) -> None:
         prepared = self._prepare(op)
@@ -394,21 +414,30 @@ class Planner:
         kernel = Kernel(self.module, ("id", "n"))
         f = kernel.f
         x, w, y = (kernel.pointer(buffer) for buffer in (prepared, weight, product))
-        is_few = inputs.num_rows <= tokens_at_once(self.module, layout)
+        at_once = rows_at_once(self.module, inputs)
+        is_few = inputs.num_rows <= at_once
         id_, n = kernel.number("id"), kernel.number("n")
+        count = None if is_few else self._live(op.x)
+        live: Number = inputs.num_rows
+        if count is not None:
+            stored = f.cast("sext", f.load("i32", kernel.pointer(count), align=4), "i64")
+            live = f.minimum(stored, inputs.num_rows)
 
-        def product_of(tile: Number, tiles: Number) -> None:
-            f.call(kernel_name, [x, w, y, f.value(tile), f.value(tiles)])
+        def product_of(row: Number, end: Number, tile: Number, tiles: Number) -> None:
+            f.call(kernel_name, [x, w, y, *map(f.value, (row, end, tile, tiles))])
 
+        step = max(1, ROWS_TOGETHER // at_once) * at_once
+        rows = ProductRows(count=inputs.num_rows, live=live, step=step, is_few=is_few)
         writes = {product}
         if not attached:
+            end = live if product.place == "scratch" else inputs.num_rows
             lo, hi = (f.div(f.mul(f.add(id_, i), layout.num_tiles), n) for i in (0, 1))
-            product_of(lo, f.sub(hi, lo))
+            product_of(0, end, lo, f.sub(hi, lo))
         total = sum(each.domain.columns for each in attached)
         base = 0
         for each in attached:
             writes.add(each.root.target)
-            self._attached(kernel, each, base, total, is_few, product_of)
+            self._attached(kernel, each, base, total, rows, product_of)
             base += each.domain.columns
         name = f.finish("matmul_phase")
         reads = set(kernel.buffers)
@@ -429,8 +458,8 @@ class Planner:
         each: Attached,
         base: int,
         total: int,
-        is_few: bool,
-        product_of: Callable[[Number, Number], None],
+        rows: ProductRows,
+        product_of: Callable[[Number, Number, Number, Number], None],
     ) -> None:
         """The columns of one root that a thread has, and the root's own work on them."""
         f, columns = kernel.f, each.domain.columns
@@ -443,22 +472,33 @@ class Planner:
             bounds.append(f.minimum(unit, -(-columns // width)))
         name, buffers = self._emit_root(each.root, each.domain)
 
-        def do(start: Number, stop: Number) -> None:
+        def do(row: Number, end: Number, root_end: Number, start: Number, stop: Number) -> None:
             last = f.minimum(stop, columns)
             for offset in each.offsets:
                 tiles = f.div(f.add(f.sub(last, start), ROWS - 1), ROWS)
-                product_of(f.div(f.add(start, offset), ROWS), tiles)
-            numbers = [f.value(number) for number in (0, each.domain.rows, start, last)]
+                product_of(row, end, f.div(f.add(start, offset), ROWS), tiles)
+            numbers = [f.value(number) for number in (row, root_end, start, last)]
             f.call(name, [*numbers, *(kernel.pointer(buffer) for buffer in buffers)])
 
         lo, hi = (f.mul(unit, width) for unit in bounds)
-        if is_few:
-            f.when(f.compare("slt", lo, hi), lambda: do(lo, hi))
+        if rows.is_few:
+            f.when(f.compare("slt", lo, hi), lambda: do(0, rows.count, each.domain.rows, lo, hi))
             return
         step = max(width, COLUMNS_AT_ONCE // width * width)
+        live = rows.live if each.root.target.place == "scratch" or each.root.stem == "write_pages" else rows.count
 
         def chunk(start: Value, carried: list[Value]) -> list[Value]:
-            do(start, f.minimum(f.add(start, step), hi))
+            stop = f.minimum(f.add(start, step), hi)
+            if not each.by_rows:
+                do(0, rows.count, each.domain.rows, start, stop)
+                return []
+
+            def some_rows(row: Value, inner: list[Value]) -> list[Value]:
+                end = f.minimum(f.add(row, rows.step), live)
+                do(row, end, end, start, stop)
+                return []
+
+            f.loop(0, live, rows.step, some_rows)
             return []
 
         f.loop(lo, hi, step, chunk)
@@ -559,37 +599,80 @@ class Planner:
                 )
             )
 
+    def _runs(self, op: llm.AttendPagesOp) -> Buffer | None:
+        """The batch cut into tiles, once for all attentions that cut it so; None where no tile fits."""
+        shape = AttentionShape.of(op, self.num_threads)
+        if shape.num_rows < least_run(self.host):
+            return None
+        tile = TileShape.of(shape, self.host)
+        self.tile_scratch.nbytes = max(self.tile_scratch.nbytes, tile.scratch_bytes)
+        key = (op.seq_ids, op.positions, op.num_tokens, tile.tokens)
+        if key not in self.runs:
+            runs = Buffer.of((shape.num_rows,), "i32", place="private")
+            self.runs[key] = runs
+            name, buffers = runs_kernel(self.module, self.stored, op, tile.tokens, runs)
+            self.items.append(
+                Item(
+                    order=self.index[op] - 0.125,
+                    name=name,
+                    buffers=buffers,
+                    reads=set(buffers) - {runs},
+                    writes={runs},
+                    split=("each", shape.num_rows, 1),
+                )
+            )
+        return self.runs[key]
+
     def _attend_item(self, op: llm.AttendPagesOp, i: int) -> None:
         output = self.stored.buffers[op.output]
-        structure = self.repeated.structure([output, self.partials, self.counters], op.operands)
-
-        def emit() -> tuple[str, list[Buffer]]:
-            return attention_kernel(
-                self.module,
-                self.stored,
-                op,
-                q=self.stored.buffers[op.q],
-                k_pages=self.stored.buffers[op.k_pages],
-                v_pages=self.stored.buffers[op.v_pages],
-                output=output,
-                scratch=self.partials,
-                counters=self.counters,
-                num_threads=self.num_threads,
-            )
-
-        name, buffers = self.repeated.kernel(structure.operation(op), structure, emit)
+        runs = self._runs(op)
+        own = [self.partials, self.counters, *([] if runs is None else [self.tile_scratch])]
+        structure = self.repeated.structure([output, *own, *([] if runs is None else [runs])], op.operands)
+        name, buffers = self.repeated.kernel(structure.operation(op), structure, lambda: self._attend(op, runs))
         self.items.append(
             Item(
                 order=i,
                 name=name,
                 buffers=buffers,
                 reads=set(buffers) - {output},
-                writes={output, self.partials, self.counters},
+                writes={output, *own},
                 split=("threads", 0, 0),
             )
         )
 
-    # The function
+    def _attend(self, op: llm.AttendPagesOp, runs: Buffer | None) -> tuple[str, list[Buffer]]:
+        """One function, since both kernels write rows of the output that are not each other's."""
+        places = {
+            "q": self.stored.buffers[op.q],
+            "k_pages": self.stored.buffers[op.k_pages],
+            "v_pages": self.stored.buffers[op.v_pages],
+            "output": self.stored.buffers[op.output],
+        }
+        by_token = attention_kernel(
+            self.module,
+            self.stored,
+            op,
+            **places,
+            scratch=self.partials,
+            counters=self.counters,
+            num_threads=self.num_threads,
+            runs=runs,
+        )
+        if runs is None:
+            return by_token
+        by_tile = tiles_kernel(
+            self.module,
+            self.stored,
+            op,
+            **places,
+            scratch=self.tile_scratch,
+            runs=runs,
+            num_threads=self.num_threads,
+        )
+        kernel = Kernel(self.module, ("id", "n"))
+        for name, buffers in (by_token, by_tile):
+            kernel.f.call(name, [kernel.number("id"), kernel.number("n"), *map(kernel.pointer, buffers)])
+        return kernel.f.finish("attend_phase"), kernel.buffers
 
 
 __all__ = ["Planner"]

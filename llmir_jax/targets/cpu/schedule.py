@@ -22,7 +22,7 @@ class Item:
     buffers: list[Buffer]
     reads: set[Buffer]
     writes: set[Buffer]
-    split: tuple[str, int, int]  # ("rows" | "columns" | "each" | "threads", rows, columns)
+    split: tuple[str, int, int]  # ("rows" | "tokens" | "columns" | "each" | "threads", rows, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,12 @@ def assemble(
     num_operands: int,
     num_results: int,
     num_threads: int,
+    tokens: tuple[Buffer, int] | None,
 ) -> Plan:
-    """The step that runs these items, in their order. `kept` keep their memory from step to step of the list."""
+    """The step that runs these items, in their order. `kept` keep their memory from step to step of the list.
+
+    `tokens`: where the number of tokens is, int32, and how many there can be; for items that are shared out by tokens.
+    """
     items = sorted(items, key=lambda item: item.order)
     dirty: set[Buffer] = set()
     read: set[Buffer] = set()
@@ -64,7 +68,7 @@ def assemble(
         read |= {buffer for buffer in item.reads if buffer.place not in ("private", "weights")}
         joins = "join" if item.name.startswith("join") else ""
     scratch, private = _allocate(items, intervals, kept)
-    _main(module, items, intervals, num_operands, num_results, scratch, private)
+    _main(module, items, intervals, num_operands, num_results, scratch, private, tokens)
     text = module.text + waiting_ir(module.host)
     return Plan(
         text=text,
@@ -114,6 +118,7 @@ def _main(
     num_results: int,
     scratch: int,
     private: int,
+    tokens: tuple[Buffer, int] | None,
 ) -> None:
     parameters = [("table", "ptr"), ("barrier", "ptr"), ("id", "i64"), ("n", "i64")]
     f = Function(module, parameters, is_public=True)
@@ -137,6 +142,15 @@ def _main(
             return entry(num_operands + buffer.offset)
         return f.at(memory if buffer.place == "scratch" else own, buffer.offset)
 
+    live: list[Number] = []
+
+    def live_tokens() -> Number:
+        assert tokens is not None
+        if not live:
+            count, most = tokens
+            live.append(f.minimum(f.cast("sext", f.load("i32", pointer(count), align=4), "i64"), most))
+        return live[0]
+
     now = 0
     for item, interval in zip(items, intervals, strict=True):
         if interval != now:
@@ -147,6 +161,8 @@ def _main(
             numbers: list[Number] = [id_, n]
         elif kind == "each":
             numbers = [0, rows, 0, columns]
+        elif kind == "tokens":
+            numbers = [*_share(f, live_tokens(), 1, id_, n), 0, columns]
         elif kind == "rows":
             numbers = [*_share(f, rows, 1, id_, n), 0, columns]
         else:
@@ -155,8 +171,8 @@ def _main(
     f.finish("step")
 
 
-def _share(f: Function, count: int, unit: int, id_: Value, n: Value) -> list[Number]:
-    units = -(-count // unit)
+def _share(f: Function, count: Number, unit: int, id_: Value, n: Value) -> list[Number]:
+    units = f.div(f.add(count, unit - 1), unit)
     bounds: list[Number] = []
     for i in (0, 1):
         place = f.mul(f.div(f.mul(f.add(id_, i), units), n), unit)
