@@ -24,13 +24,15 @@ test: $(VENV)/.installed-dev
 accuracy: $(VENV)/.installed
 	@$(BIN)/llmir accuracy smollm2-135m --text tests/data/gpl-3.0.txt --prompts tests/data/smollm2_greedy.json --calibrate LICENSE
 
-# Everything that is compared with others: a quarter of an hour on two cores. With other machines' load, give REPEATS=5.
+# Everything that is compared with others: about ten minutes on two cores.
 BENCH = $(BIN)/llmir bench smollm2-135m --prefill 512 --context 1500 --repeats $(REPEATS) \
   --python llama.cpp=$(LLAMACPP) --python openvino=$(OPENVINO) --baseline llama.cpp --baseline openvino
 bench: $(VENV)/.installed
 	@$(BENCH) -q int4 --baseline openvino:int8 --batch 16,64 --sampled --startup
 	@echo
 	@$(BENCH) -q int8
+	@echo
+	@$(BENCH) -q w8a8
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
