@@ -1,5 +1,5 @@
 # make demo: a question answered by SmolLM2-135M.   make test: the tests.   make accuracy: what quantization costs it.
-# PYTHON=python3.13 chooses another Python.
+# make bench: how fast it is beside llama.cpp and OpenVINO.   PYTHON=python3.13 chooses another Python.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60
 
-.PHONY: demo test accuracy lint clean
+# Of `make bench`: interpreters that have llama-cpp-python, and openvino-genai with optimum-intel; rounds to take medians of.
+LLAMACPP ?= $(BIN)/python
+OPENVINO ?= $(BIN)/python
+REPEATS ?= 3
+
+.PHONY: demo test accuracy bench lint clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/llmir generate "What is the capital of France?"
@@ -18,6 +23,16 @@ test: $(VENV)/.installed-dev
 # The README's table, on stdout: twelve minutes on two cores. The text for calibration is another than the one it is measured on.
 accuracy: $(VENV)/.installed
 	@$(BIN)/llmir accuracy smollm2-135m --text tests/data/gpl-3.0.txt --prompts tests/data/smollm2_greedy.json --calibrate LICENSE
+
+# Everything that is compared with others: about ten minutes on two cores.
+BENCH = $(BIN)/llmir bench smollm2-135m --prefill 512 --context 1500 --repeats $(REPEATS) \
+  --python llama.cpp=$(LLAMACPP) --python openvino=$(OPENVINO) --baseline llama.cpp --baseline openvino
+bench: $(VENV)/.installed
+	@$(BENCH) -q int4 --baseline openvino:int8 --batch 16,64 --sampled --startup
+	@echo
+	@$(BENCH) -q int8
+	@echo
+	@$(BENCH) -q w8a8
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

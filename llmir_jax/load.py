@@ -26,6 +26,8 @@ from llmir_jax.quantization import STORED, Calibration, Quantize, QuantizedArray
 from llmir_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+NO_TOKENIZER = ("no_vocab", "none")
+"""What GGUF files name the tokenizer that they do not have."""
 JIT_OPTIONS = ("quantize", "mesh", "target")
 
 
@@ -208,7 +210,8 @@ def _dtype(option: str, given: DTypeLike | None, default: DTypeLike) -> Any:
 
 def _from_gguf(name: str, path: Path, *, dtype: DTypeLike, param_dtype: DTypeLike) -> Loaded:
     file = GGUFFile(path)
-    tokenizer = read_tokenizer(file) if "tokenizer.ggml.model" in file.metadata else None
+    has_tokenizer = file.metadata.get("tokenizer.ggml.model", NO_TOKENIZER[0]) not in NO_TOKENIZER
+    tokenizer = read_tokenizer(file) if has_tokenizer else None
     config, sources = read_gguf(file)
     template, special = file.metadata.get("tokenizer.chat_template"), {}
     if tokenizer is not None:

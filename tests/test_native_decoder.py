@@ -14,9 +14,9 @@ from llmir_jax.decoder import Decoder
 from llmir_jax.errors import LlmirError
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.targets.cpu import native
-from llmir_jax.targets.cpu.host import num_threads
 from llmir_jax.targets.cpu.repeated import Repeated, Structure
 from llmir_jax.targets.cpu.tokens import TokenRows
+from llmir_jax.threads import num_threads
 
 VOCAB, WIDTH, HEADS, HIDDEN = 97, 64, 4, 96
 

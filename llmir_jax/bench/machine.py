@@ -5,32 +5,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
-from llmir_jax.errors import LlmirError
+from llmir_jax.threads import available_cores
 
-THREADS = "LLMIR_NUM_THREADS"
 READ_BYTES = 256 << 20  # far more than the caches of a core
 MATMUL_SIZE = 1536  # three matrices of 9 MB
-SECONDS = 0.6  # spent on each of the two; the best try counts
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def num_threads() -> int:
-    """LLMIR_NUM_THREADS, or all cores. Raises LlmirError for a number that this machine does not have."""
-    cores, text = available_cores(), os.environ.get(THREADS)
-    if not text:
-        return cores
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= cores:
-        raise LlmirError(f"{THREADS}={text}: expected a number of threads from 1 to {cores}, the cores there are")
-    return int(text)
+SECONDS = 0.3  # spent on each of the two, each time that it is measured; the best try counts
 
 
 @contextmanager
@@ -45,6 +28,20 @@ def limited_to(threads: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@dataclass
+class Peaks:
+    """What the machine could do at its best so far: it is measured again and again, since others may use it too."""
+
+    threads: int
+    read_bandwidth_gb_s: float = 0.0
+    float32_gflop_s: float = 0.0
+
+    def measure(self) -> None:
+        """Once more."""
+        self.read_bandwidth_gb_s = max(self.read_bandwidth_gb_s, read_bandwidth_gb_s(self.threads))
+        self.float32_gflop_s = max(self.float32_gflop_s, float32_gflop_s())
 
 
 def read_bandwidth_gb_s(threads: int) -> float:

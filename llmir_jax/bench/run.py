@@ -1,4 +1,4 @@
-"""All rounds of a benchmark: ours, each baseline, ours again; then the machine, and what it all comes to."""
+"""All rounds of a benchmark: ours, each baseline, the machine, ours again; and what it all comes to."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,9 +64,9 @@ def run(
 ) -> Results:
     """Measure; `build` makes the decoder of a phase, which is let go when the next one begins.
 
-    `advance` is called before each decoder is built, before each round, and before the machine is measured.
+    `advance` is called before each decoder is built, and before each round.
     """
-    rounds, ours = Rounds(), Results()
+    rounds, ours, peaks = Rounds(), Results(), machine.Peaks(threads)
     for phase in workload.phases:
         advance()
         decoder = Ours(build(phase))
@@ -81,13 +81,13 @@ def run(
             advance()
             for name, result in run_all(round_idx).items():
                 rounds.add(name, phase, result)
-        if phase is None:  # before there are larger caches, and the arrays that the machine is measured with
-            ours |= _memory(decoder.decoder, workload)
-    advance()
+            if not ours:  # before there are larger caches, and the arrays that the machine is measured with
+                ours = _memory(decoder.decoder, workload)
+            peaks.measure()
     ours = rounds.medians(OURS) | ours
     if workload.sampled:
         ours["sampled_ratio"] = ours["sampled_decode_tok_s"] / ours["decode_tok_s"]
-    ours |= _shares(ours, workload, threads)
+    ours |= _shares(ours, peaks)
     ours["roofline"] = roofline(ours, threads)
     compared = {}
     for name, baseline in baselines.items():
@@ -114,9 +114,9 @@ def _memory(decoder: "Decoder", workload: Workload) -> Results:
     }
 
 
-def _shares(ours: Results, workload: Workload, threads: int) -> Results:
+def _shares(ours: Results, peaks: machine.Peaks) -> Results:
     """What the machine can do, and how much of it was used."""
-    bandwidth, peak = machine.read_bandwidth_gb_s(threads), machine.float32_gflop_s()
+    bandwidth, peak = peaks.read_bandwidth_gb_s, peaks.float32_gflop_s
     return {
         "read_bandwidth_gb_s": bandwidth,
         "bandwidth_share": ours["bytes_per_token"] * ours["decode_tok_s"] / 1e9 / bandwidth,

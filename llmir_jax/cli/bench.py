@@ -1,6 +1,7 @@
 """``llmir bench``: how fast a model is served here, and beside other programs."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import click
 from llmir_jax.checkpoint import smollm2
 from llmir_jax.cli import options
 from llmir_jax.errors import RequestError
+from llmir_jax.threads import num_threads
 
 if TYPE_CHECKING:
     from llmir_jax.bench.baseline import Choice, Model
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from llmir_jax.decoder import Decoder
     from llmir_jax.load import Loaded
 
-BASELINES = ("jax", "llama.cpp", "openvino", "transformers")
+NARROW = re.compile(r"int4|w4|mixed")
+"""Schemes to compare with a baseline's weights of 4 bits."""
+SHAPES = ("llama-3.2-1b",)
+BASELINES = ("jax", "llama.cpp", "openvino", "transformers", "vllm")
 SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "rms_norm_eps", "tie_embeddings"),
 )
-TARGETS = ("cpu", "gpu", "tpu", "reference")
 
 
 def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -41,7 +45,8 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 @click.command("bench", short_help="Measure how fast a model is served.")
-@click.argument("model", default=smollm2.NAME)
+@click.argument("model", required=False)
+@click.option("--shape", type=click.Choice(SHAPES), help="In place of MODEL: its shapes, with random weights in Q4_0.")
 @click.option(
     "--prompt", type=options.COUNT, default=16, show_default=True, metavar="N", help="Tokens before decoding."
 )
@@ -61,14 +66,15 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
 @click.option(
     "--page-size", type=options.COUNT, default=options.PAGE_SIZE, show_default=True, help="Tokens a page of KV cache."
 )
-@click.option("--target", type=click.Choice(TARGETS), help="What to run on.  [default: what JAX runs on]")
+@options.target_option
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
     metavar="NAME[:FORMAT]",
     help="Compare with jax (float32, bfloat16: a loop by hand, random weights), llama.cpp (file, q4_0, q4_1, q8_0), "
-    "openvino (int4, int8) or transformers (float32, bfloat16). May be given several times.",
+    "openvino (int4, int8), transformers (float32, bfloat16) or vllm (bfloat16, float32). Beside 4 bits llama.cpp is "
+    "q4_0 and openvino int4 unless said. May be given several times.",
 )
 @click.option(
     "--python",
@@ -79,7 +85,8 @@ def _parse_batches(ctx: click.Context, param: click.Parameter, value: str | None
 )
 @click.option("--json", "as_json", is_flag=True, help="All numbers as one JSON object.")
 def bench_command(
-    model: str,
+    model: str | None,
+    shape: str | None,
     prompt: int,
     new: int,
     prefill: int,
@@ -107,13 +114,15 @@ def bench_command(
     \b
     llmir bench -q int4
     llmir bench -q int4 --batch 16,64 --baseline llama.cpp:q4_0 --python .peers/llamacpp/bin/python
+    llmir bench --shape llama-3.2-1b -q int4 --baseline llama.cpp
     llmir bench --json --baseline jax --startup
     """
+    if model is not None and shape is not None:
+        raise click.UsageError(f"MODEL {model!r} and --shape {shape} are two models: give one")
+    model = model or shape or smollm2.NAME
     choices = parse_baselines(baselines, pythons, quantize)
     quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
-    if startup and target is not None:
-        raise click.UsageError("--startup measures `llmir generate`, which has no --target: leave one of them out")
-    from llmir_jax.bench.machine import limited_to, num_threads
+    from llmir_jax.bench.machine import limited_to
     from llmir_jax.bench.workload import Workload
 
     counts = {"prompt": prompt, "new": new, "prefill": prefill, "context": context, "repeats": repeats}
@@ -125,10 +134,12 @@ def bench_command(
         import jax
 
         from llmir_jax.bench.run import ratios, run
+        from llmir_jax.bench.shapes import shape_file
 
-        loaded = options.load_model(model, dtype)
+        name = model if shape is None else str(shape_file(shape))
+        loaded = options.load_model(name, dtype)
         _check_length(loaded, workload)
-        files = _model_files(model, loaded) if choices else None
+        files = _model_files(name, loaded) if choices else None
         running = {}
         setup = {"threads": threads, "max_len": -(-workload.longest // page_size) * page_size}
         for label, choice in choices.items():
@@ -141,14 +152,13 @@ def bench_command(
         def build(batch: int | None) -> "Decoder":
             length = workload.longest if batch is None else workload.prompt + workload.new + 1
             num_pages = -(-length // page_size)
-            if target is not None:
-                quantization["target"] = target
             decoder: Decoder = loaded.decoder(
                 max_seqs=batch or 1,
                 num_pages=num_pages * (batch or 1),
                 page_size=page_size,
                 max_seq_len=length,
                 verify=False,
+                **options.target_choice(target),
                 **quantization,
             )
             return decoder
@@ -162,7 +172,8 @@ def bench_command(
             for baseline in running.values():
                 baseline.close()
             ids = workload.request(None, 0, vocab_size)["prompt"]
-            arguments = _generate_arguments(model, ids, quantize, calibrate, kv_cache, dtype=dtype, page_size=page_size)
+            others = {"dtype": dtype, "page_size": page_size, **options.target_choice(target)}
+            arguments = _generate_arguments(name, ids, quantize, calibrate, kv_cache, **others)
             found["startup"] = our_startup(arguments, repeats, advance)
             for label, choice in choices.items():
                 advance()
@@ -171,7 +182,7 @@ def bench_command(
                 found["baselines"][label]["startup"] = theirs
                 found["baselines"][label]["ratio"]["startup"] = ratios(found["startup"], theirs)
     about: dict[str, Any] = {
-        "model": model,
+        "model": model if shape is None else f"{model}, random weights",
         "quantize": list(quantize),
         "kv_cache": kv_cache,
         "dtype": dtype,
@@ -202,7 +213,7 @@ def parse_baselines(
         kind = KINDS[name]
         if form and form not in kind.formats:
             raise click.UsageError(f"--baseline {text!r}: formats of {name} are {', '.join(kind.formats)}")
-        is_narrow = any("4" in scheme.rpartition("=")[2] for scheme in quantize)
+        is_narrow = any(NARROW.match(scheme.rpartition("=")[2]) for scheme in quantize)
         default = kind.quantized[0 if is_narrow else 1] if quantize else kind.formats[0]
         python = interpreters.get(name, interpreters[""])
         choice = Choice(name=name, format=form or default, python=python)
@@ -229,7 +240,6 @@ def _stages(model: str, workload: "Workload", choices: "Mapping[str, Choice]", *
     names = [f"loading {model}", *(f"starting {label}" for label in choices)]
     for phase in workload.phases:
         names += ["deriving and compiling the decoder", *workload.stages(phase)]
-    names.append("measuring the machine")
     if startup:
         names += [f"starting, round {i + 1} of {workload.repeats}" for i in range(workload.repeats)]
         names += [f"starting {label}" for label in choices]

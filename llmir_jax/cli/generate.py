@@ -52,6 +52,7 @@ def _parse_ids(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-sequence tokens.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each time, 0 to 20.")
+@options.target_option
 @options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the time that each part took.")
@@ -66,6 +67,7 @@ def generate_command(
     max_tokens: int | None,
     as_json: bool,
     report: bool,
+    target: str | None,
     quantize: tuple[str, ...],
     calibrate: Path | None,
     kv_cache: str | None,
@@ -113,7 +115,8 @@ def generate_command(
             params = _fit(params, len(ids), cache)
             needed = len(ids) + (params.max_tokens or 1)
         advance()
-        decoder = loaded.decoder(max_seqs=1, verify=not no_verify, **cache.sizes(needed), **quantization)
+        served = {**cache.sizes(needed), **options.target_choice(target), **quantization}
+        decoder = loaded.decoder(max_seqs=1, verify=not no_verify, **served)
     derived_at = time.perf_counter()
 
     if interactive:

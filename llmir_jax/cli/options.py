@@ -12,6 +12,7 @@ import click
 
 from llmir_jax.checkpoint import smollm2
 from llmir_jax.errors import LlmirError, RequestError
+from llmir_jax.threads import num_threads
 
 if TYPE_CHECKING:
     from llmir_jax.load import Loaded
@@ -21,6 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16")
 PAGE_SIZE = 16  # tokens
 MIN_SEQ_LEN = 512  # tokens a sequence; lengths are powers of two from here on, so that few programs are compiled
+TARGETS = ("cpu", "gpu", "tpu", "reference")  # of `llmir.jit`
 XLA_CACHE_BYTES = 2 << 30  # what is used least goes first
 
 COUNT = click.IntRange(min=1)
@@ -47,6 +49,9 @@ def model_options(command: F) -> F:
     return command
 
 
+target_option = click.option(
+    "--target", type=click.Choice(TARGETS), help="What to run on.  [default: what JAX runs on]"
+)
 quantize_option = click.option(
     "-q",
     "--quantize",
@@ -64,6 +69,11 @@ def quantization_options(command: F) -> F:
     """--quantize, --calibrate and --kv-cache, which `decoder_quantization` makes options of a decoder of."""
     kv_cache = click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Keys and values as these integers.")
     return quantize_option(calibrate_option(kv_cache(command)))
+
+
+def target_choice(target: str | None) -> dict[str, str]:
+    """The option of `Loaded.decoder`, absent if it was not given."""
+    return {} if target is None else {"target": target}
 
 
 def decoder_quantization(
@@ -199,7 +209,11 @@ def progress(*stages: str) -> Iterator[Callable[[], None]]:
 
 
 def import_compiler() -> None:
-    """Import what takes long, before anything is timed by itself; compiled programs are kept on disk from now on."""
+    """Import what takes long, before anything is timed by itself; compiled programs are kept on disk from now on.
+
+    Raises LlmirError for a setting of LLMIR_NUM_THREADS that is none, before anything else is done.
+    """
+    num_threads()
     import jax
 
     import llmir_jax.decoder

