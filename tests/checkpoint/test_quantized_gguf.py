@@ -71,7 +71,7 @@ def test_what_presets_make_of_other_blocks(data_path: Path, tmp_path: Path) -> N
 def test_smollm2(smollm2: llmir.Loaded) -> None:
     """Its linear layers are Q4_1, its tied embedding Q8_0: "int4" is the file's own bits, the same floats exactly."""
     source = smollm2.source
-    plan = source.plan("int4")
+    plan = source.plan("w4a16")
     assert {scheme.name for path, scheme in plan.schemes.items() if path != "embed.embedding"} == {"int4-g32-min-f16"}
     assert plan.schemes["embed.embedding"].name == "int8-g32-f16" and len(plan.schemes) == 211
     for path in ("embed.embedding", "layers.0.attn.q.kernel", "layers.17.attn.k.kernel", "layers.29.mlp.down.kernel"):

@@ -93,7 +93,7 @@ def test_manifests_that_do_not_fit(data_path: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "llmir.json").read_text())
     quantized = manifest["quantized"]
     path = "layers.1.mlp.up.kernel"
-    assert quantized[path] == "int4-g32-min-f16"
+    assert quantized[path] == "int4-g32-min-f16-auto"
 
     def refusal(changes: dict[str, Any]) -> str:
         (folder / "llmir.json").write_text(json.dumps(manifest | changes))

@@ -1,7 +1,6 @@
 """Memory and files of a start, from the command to the answer, in processes of their own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +17,21 @@ FIRST = 550e6
 WEIGHTS, CACHE = 96.6e6, 23.6e6  # of SmolLM2 in its own blocks, and of 512 tokens in float32
 
 
+PROGRAM = """
+import sys
+from llmir_jax.cli.main import main
+try:
+    main()
+finally:  # what the parent is told of a child's memory begins with its own
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
 def generate(model: Path) -> tuple[dict[str, Any], int]:
     """The answer as JSON, and the most bytes that the process had in memory."""
     arguments = ["generate", "-m", str(model), "-q", "int4", "--json", "-n", "8", "What is the capital of France?"]
-    with subprocess.Popen([sys.executable, "-m", "llmir_jax.cli.main", *arguments], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return json.loads(output), usage.ru_maxrss * 1024
+    result = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout), int(result.stderr.split()[-2]) * 1024
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")

@@ -212,6 +212,7 @@ class _Attention:
             own = mine(row, blocks)
             after = f.value(f.add(before, f.mul(own, shape.num_segments)))
             touched = f.binary("and", f.compare("slt", before, hi), f.compare("sgt", after, lo))
+            touched = f.binary("and", touched, f.compare("slt", before, after))  # a token of a tile is not
             position, sequence = self.position, self.sequence
 
             def segments() -> None:
