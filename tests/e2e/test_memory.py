@@ -10,9 +10,12 @@ import pytest
 
 from llmir_jax.disk_cache import NO_CACHE
 
-BESIDE = 450e6
-"""Bytes that serving int4 may take beside its weights and its cache: an empty JAX process takes half of them."""
-FIRST = 550e6
+BESIDE = 490e6
+"""Bytes that serving int4 may take beside its weights and its cache: an empty JAX process takes half of them.
+
+Measured: 387 MB with JAX 0.10.2, 456 with JAX 0.12.
+"""
+FIRST = 600e6
 """The same while everything is compiled, and the forward is run to check it."""
 WEIGHTS, CACHE = 96.6e6, 23.6e6  # of SmolLM2 in its own blocks, and of 512 tokens in float32
 

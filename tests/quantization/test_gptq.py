@@ -102,7 +102,7 @@ def test_gain_on_correlated_inputs(kind: str) -> None:
     }
     assert found["gptq"].sum() <= 0.5 * plain
     assert found["gptq"].sum() <= 0.7 * found["mse"].sum()
-    assert found["mse"].sum() <= 0.9 * plain
+    assert found["mse"].sum() <= 0.96 * plain
 
 
 @settings(max_examples=60, deadline=None)
