@@ -192,6 +192,8 @@ def few_weights(logits: jax.Array, row: SamplingRows) -> tuple[jax.Array, jax.Ar
     unfiltered = jnp.exp((values - values[0]) / row.temperature)
     last = jnp.clip(row.top_k - 1, 0, values.shape[0] - 1)
     kept = jnp.where((row.top_k == 0) | (values >= values[last]), unfiltered, 0.0)
+    # Of the weights that top-k keeps, those that are not here are not in the total: more than n, or as large as the last.
+    is_known = (row.top_k == 0) | (row.top_p == 0) | (kept[-1] == 0)
     total = lax.cond(
         (row.top_k == 0) & (row.top_p > 0),
         lambda: jnp.sum(jnp.exp((logits - values[0]) / row.temperature)),
@@ -200,8 +202,7 @@ def few_weights(logits: jax.Array, row: SamplingRows) -> tuple[jax.Array, jax.Ar
     is_nucleus = jnp.cumsum(kept) >= row.top_p * total
     smallest = jnp.where((row.top_p > 0) & jnp.any(is_nucleus), kept[jnp.argmax(is_nucleus)], 0.0)
     kept = jnp.where(kept >= jnp.maximum(smallest, row.min_p), kept, 0.0)
-    # The total of more of the largest than are here is not known.
-    is_all = ((kept[-1] == 0) & (row.top_k <= values.shape[0])) | (values.shape[0] == logits.shape[0])
+    is_all = ((kept[-1] == 0) & is_known) | (values.shape[0] == logits.shape[0])
     ids, kept = lax.sort_key_val(ids, kept)
     return ids, kept, is_all
 
