@@ -192,7 +192,7 @@ def few_weights(logits: jax.Array, row: SamplingRows) -> tuple[jax.Array, jax.Ar
     unfiltered = jnp.exp((values - values[0]) / row.temperature)
     last = jnp.clip(row.top_k - 1, 0, values.shape[0] - 1)
     kept = jnp.where((row.top_k == 0) | (values >= values[last]), unfiltered, 0.0)
-    # Of the weights that top-k keeps, those that are not here are not in the total: more than n, or as large as the last.
+    # The total lacks what top-k keeps beside these: more than n, or tokens as likely as the last.
     is_known = (row.top_k == 0) | (row.top_p == 0) | (kept[-1] == 0)
     total = lax.cond(
         (row.top_k == 0) & (row.top_p > 0),
