@@ -612,4 +612,4 @@ def dtype_name(kind: Attribute) -> str:
     return str(element_dtype(kind.element_type))
 
 
-__all__ = ["AttentionShape", "attention_kernel", "page_row", "pages_reason"]
+__all__ = ["AttentionShape", "attention_kernel", "pages_reason", "width_for"]
