@@ -199,7 +199,9 @@ def test_rows_of_padding_are_not_computed(rows: int, live: int) -> None:
     }}"""
     text = text.replace("llm.quantized_matmul %tokens, %w", "llm.quantized_matmul(%tokens, %w)")
     shape = (num_pages, page_size, heads, dim)
-    values = [weight, rng.normal(size=(rows, k)), rng.normal(size=shape), rng.normal(size=shape)]
+    inputs = rng.integers(-127, 128, (rows, k)) / 64  # with 127 in each group, none lies between two integers
+    inputs[:, ::32] = 127 / 64
+    values = [weight, inputs, rng.normal(size=shape), rng.normal(size=shape)]
     values[1:] = [value.astype(np.float32) for value in values[1:]]
     values += [np.arange(num_pages)[None], [live], np.zeros(rows), np.arange(rows), live]
     values[4:] = [np.array(value, np.int32) for value in values[4:]]
