@@ -87,22 +87,33 @@ def test_never_worse_than_plain_rounding(bits: int, span: str, kind: str) -> Non
         assert (after <= before * (1 + 1e-4)).all()
 
 
+NUM_DRAWS = 8
+"""Of inputs and weights together: of one, the search for scales and zero points may gain 9 % only, of these 14 %."""
+
+
+def mean_losses(rng: np.random.Generator, kind: str) -> dict[str, float]:
+    """Losses of each method, of matrices of their own inputs, on inputs that were not calibrated with."""
+    scheme = parse_scheme(f"int4-g64{kind}")
+    sums = dict.fromkeys(("plain", "mse", "gptq"), 0.0)
+    for _ in range(NUM_DRAWS):
+        x = correlated(rng, 3000, 256)
+        w = (rng.standard_t(5, size=(64, 256)) * 0.05).astype(np.float32)
+        statistics, gram = InputStatistics.of(x[:2000]), x[2000:].T @ x[2000:]
+        for method in sums:
+            made = quantize(w, scheme)
+            if method != "plain":
+                made = quantize_calibrated(w, scheme, statistics=statistics, calibration=calibration(method))
+            sums[method] += losses(w, made, gram).sum() / NUM_DRAWS
+    return sums
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gain_on_correlated_inputs(kind: str) -> None:
     """Seen by inputs that were not calibrated with; half of it from the search for scales, half from feedback."""
-    rng = fresh()
-    x = correlated(rng, 3000, 256)
-    w = (rng.standard_t(5, size=(64, 256)) * 0.05).astype(np.float32)
-    scheme, statistics = parse_scheme(f"int4-g64{kind}"), InputStatistics.of(x[:2000])
-    gram = x[2000:].T @ x[2000:]
-    plain = losses(w, quantize(w, scheme), gram).sum()
-    found = {
-        method: losses(w, quantize_calibrated(w, scheme, statistics=statistics, calibration=calibration(method)), gram)
-        for method in ("mse", "gptq")
-    }
-    assert found["gptq"].sum() <= 0.5 * plain
-    assert found["gptq"].sum() <= 0.7 * found["mse"].sum()
-    assert found["mse"].sum() <= 0.96 * plain
+    found = mean_losses(fresh(), kind)
+    assert found["gptq"] <= 0.5 * found["plain"]
+    assert found["gptq"] <= 0.7 * found["mse"]
+    assert found["mse"] <= 0.9 * found["plain"]
 
 
 @settings(max_examples=60, deadline=None)
