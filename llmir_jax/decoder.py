@@ -31,7 +31,7 @@ from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
-from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
+from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, most_rows, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 
 STAGES = ("stablehlo", "llm", "target")
@@ -233,10 +233,10 @@ class Decoder:
             give_back()  # what tracing and the passes have left
         facts = record or derived
         assert facts is not None
-        start = time.perf_counter()
         step = DerivedStep(
-            derived or derive,
+            derived,
             source,
+            derive=derive,
             rounding=planner.rounding,
             max_seqs=max_seqs,
             buckets=_buckets(buckets, max_seqs, facts.max_seq_len * max_seqs),
@@ -246,6 +246,11 @@ class Decoder:
             stored=stored if is_pure[0] else None,
             record=record,
         )
+        del derived, facts  # the step has them for as long as it needs to
+        if verify:
+            step.lower_ahead(most_rows(max_seqs))
+        start = time.perf_counter()
+        _ = step.params  # are read now
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
@@ -264,7 +269,6 @@ class Decoder:
             stored=stored if is_pure[0] else None,
             cache=cache,
         )
-        del derived, facts  # the step has them for as long as it needs to
         if verify:
             decoder._check = decoder._self_check(seed)
             give_back()

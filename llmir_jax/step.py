@@ -42,9 +42,10 @@ class DerivedStep:
 
     def __init__(
         self,
-        derived: Derived | Callable[[], Derived],
+        derived: Derived | None,
         source: WeightSource,
         *,
+        derive: Callable[[], Derived] | None = None,
         max_seqs: int,
         buckets: tuple[int, ...],
         recorder: Recorder,
@@ -56,18 +57,20 @@ class DerivedStep:
     ):
         """
         Args:
-            derived: the derived step, or what derives it when its operations are asked for, if there is a `record`.
+            derived: the derived step; None if there is a `record`.
+            derive: derives it again when its operations are asked for, and are not on disk any more.
             notes: for the report, before the derivation's own.
             stored: where the step is kept on disk, if it is.
             record: of the step, if it was found there.
         """
-        self._derive = derived if callable(derived) else None
+        self._source, self._rounding = source, rounding
+        self._derive = derive
         self._recorder = recorder
         self._stored = stored
         self._modules: dict[int, ModuleOp] = {}
         self._executables: dict[int, Executable] = {}
         if record is None:
-            assert not callable(derived), "a step without a record is derived"
+            assert derived is not None, "a step without a record is derived"
             self._derived, parts = _lowerable(derived, recorder) if native else (derived, NativeParts())
             record = StepRecord.of(self._derived, parts, notes)
             if stored is not None:
@@ -81,18 +84,45 @@ class DerivedStep:
         self._attributes = signature.argument_attributes(main)
         self._args = list(main.body.block.args)
         self._arrangement = record.native.arrangement
-        self.weights: tuple[Weight, ...]
-        self.params: tuple[jax.Array | QuantizedArray, ...]
-        weights = fill(record.main, record.plan, source, rounding)
-        if self._arrangement is not None:
-            self._pack(self._arrangement, weights)
-        else:
-            self.weights = tuple(weights)
-            self.params = tuple(weight.value for weight in self.weights)
         logits = record.results[0]
         assert isinstance(logits, TensorType)
         self.vocab_size = logits.get_shape()[-1]
         self.cache_groups = self._groups()
+
+    def lower_ahead(self, num_rows: int) -> None:
+        """Lower for all buckets up to the one that holds so many rows, and let go of the operations.
+
+        To be called before the weights are read, so that there is less in memory beside them. Does nothing unless the
+        step was derived just now and is on disk, from where its operations come back.
+        """
+        if self._stored is None or "_derived" not in self.__dict__:
+            return
+        last = next((bucket for bucket in self.buckets if bucket >= num_rows), self.buckets[-1])
+        for bucket in self.buckets[: self.buckets.index(last) + 1]:
+            self._executable(bucket)
+        del self._derived
+        give_back()
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The parameters; where native code has them, shapes and dtypes are in place of their arrays.
+
+        They are read when this or `params` is first asked for. Raises LlmirError, see `weights.fill`.
+        """
+        return self._filled[0]
+
+    @property
+    def params(self) -> tuple[jax.Array | QuantizedArray, ...]:
+        """What `step` takes."""
+        return self._filled[1]
+
+    @cached_property
+    def _filled(self) -> tuple[tuple[Weight, ...], tuple[jax.Array | QuantizedArray, ...]]:
+        weights = fill(self.record.main, self.record.plan, self._source, self._rounding)
+        if self._arrangement is not None:
+            return self._pack(self._arrangement, weights)
+        values = tuple(weights)
+        return values, tuple(weight.value for weight in values)
 
     @property
     def not_native(self) -> tuple[str, ...]:
@@ -108,15 +138,16 @@ class DerivedStep:
     def _derived(self) -> Derived:
         """The derived step with its operations: read from disk, or derived again."""
         assert self._derive is not None and self._stored is not None
-        record = self.record
-        module = self._stored.module()
+        record, module = self.record, self._stored.module()
         if module is not None:
             length = module_length(module)
             return Derived(module, length, self.max_seqs, record.max_seq_len, plan=record.plan)
         derived = self._derive()
         return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
 
-    def _pack(self, arrangement: "Arrangement", weights: Iterator[Weight]) -> None:
+    def _pack(
+        self, arrangement: "Arrangement", weights: Iterator[Weight]
+    ) -> tuple[tuple[Weight, ...], tuple[jax.Array | QuantizedArray, ...]]:
         """Parameters as the one array that native code reads, and those that XLA does."""
         packed: list[Weight] = []
 
@@ -127,8 +158,7 @@ class DerivedStep:
                 packed[-1] = replace(weight, value=describe(weight.value))
 
         packed_array, apart = arrangement.fill(values())
-        self.params = (packed_array, *apart)
-        self.weights = tuple(packed)
+        return tuple(packed), (packed_array, *apart)
 
     @property
     def is_native(self) -> bool:
