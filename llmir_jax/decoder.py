@@ -252,6 +252,7 @@ class Decoder:
         start = time.perf_counter()
         _ = step.params  # are read now
         recorder.seconds["weights"] = time.perf_counter() - start
+        give_back(collect=False)  # what reading and packing them has left, and code that ran for the first time only
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
         engine = Engine(
@@ -271,7 +272,8 @@ class Decoder:
         )
         if verify:
             decoder._check = decoder._self_check(seed)
-            give_back()
+            if not decoder._is_check_remembered:
+                give_back()
         return decoder
 
     # Serving

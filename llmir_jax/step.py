@@ -100,7 +100,7 @@ class DerivedStep:
         last = next((bucket for bucket in self.buckets if bucket >= num_rows), self.buckets[-1])
         for bucket in self.buckets[: self.buckets.index(last) + 1]:
             self._executable(bucket)
-        del self._derived
+        self.__dict__.pop("_derived", None)
         give_back()
 
     @property
@@ -250,6 +250,8 @@ class DerivedStep:
             if self._stored is not None:
                 self._stored.keep_lowered(bucket, self.native_key, module, found)
                 del module, self._modules[bucket]  # what it calls is all that is needed from now on
+                if len(self._executables) + 1 == len(self.buckets):
+                    self.__dict__.pop("_derived", None)  # it was needed for the last time, and is on disk
             give_back(collect=False)
         self._executables[bucket] = found
         return found
