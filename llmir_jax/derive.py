@@ -29,7 +29,8 @@ from llmir_jax.trace import Traced
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.check_token_axis import analyse_main, check_token_pointwise
 from llmir_jax.transforms.inline_calls import inline_calls
-from llmir_jax.transforms.raise_attention import AttentionOptions, raise_attention
+from llmir_jax.transforms.judge_weights import AttentionOptions
+from llmir_jax.transforms.raise_attention import raise_attention
 from llmir_jax.transforms.rewrite_positions import gather_bound, rewrite_positions, table_bound
 from llmir_jax.transforms.simplify_inputs import SimplifyInputsPass
 from llmir_jax.transforms.unroll_loops import unroll_loops
