@@ -1,5 +1,6 @@
 """The derived step as a function of arrays: one module a bucket, made from the one derivation when first traced."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +31,10 @@ from llmir_jax.weights import Weight, WeightSource, describe, fill
 if TYPE_CHECKING:
     from llmir_jax.targets.cpu.regions import InXla
     from llmir_jax.targets.cpu.weights import Arrangement
+
+
+AHEAD = "lower ahead"
+"""Name of the seconds that `DerivedStep.lower_ahead` takes."""
 
 
 def _number(attributes: dict[str, Any], name: str) -> int | None:
@@ -97,10 +102,12 @@ class DerivedStep:
         """
         if self._stored is None or "_derived" not in self.__dict__:
             return
+        start = time.perf_counter()
         last = next((bucket for bucket in self.buckets if bucket >= num_rows), self.buckets[-1])
         for bucket in self.buckets[: self.buckets.index(last) + 1]:
             self._executable(bucket)
         self.__dict__.pop("_derived", None)
+        self._recorder.seconds[AHEAD] = time.perf_counter() - start
         give_back()
 
     @property

@@ -227,15 +227,18 @@ class _Answer:
     def timings(self, *, started: float, imported: float, loaded: float, derived: float) -> dict[str, float | None]:
         """Seconds, and tokens a second after the first one.
 
-        `compile_s` is all compiling, by XLA or read from its cache; `self_check_s` is what the check takes beside it.
+        `compile_s` is all compiling, by LLVM, by XLA or read from a cache; `self_check_s` is the rest of the check.
         """
-        check = self._decoder.report().seconds.get("self-check", 0.0)
-        compiling = sum(c.seconds for c in self._decoder.engine.compilations)
+        from llmir_jax.step import AHEAD
+
+        seconds = self._decoder.report().seconds
+        check, ahead = seconds.get("self-check", 0.0), seconds.get(AHEAD, 0.0)
+        compiling = ahead + sum(c.seconds for c in self._decoder.engine.compilations)
         decoding = self._times[-1] - self._times[0]
         times = {
             "import_s": imported - started,
             "load_s": loaded - imported,
-            "derive_s": derived - loaded - check,
+            "derive_s": derived - loaded - check - ahead,
             "compile_s": compiling,
             "self_check_s": check - self._compiled_before if check else 0.0,
             "first_token_s": self._times[0] - started,
