@@ -1,7 +1,7 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
 from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.placement import MeshOption, Placement, as_mesh
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
@@ -33,6 +34,7 @@ from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model,
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
+from sharding.mesh import SEQUENCE, TENSOR
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -129,6 +131,8 @@ class Decoder:
         calibration: Calibration | None = None,
         kv_cache: str | None = None,
         burst: float = BURST,
+        mesh: MeshOption = None,
+        rules: Mapping[str, Any] | None = None,
         source: WeightSource | None = None,
         program: str | None = None,
         seed: int = 0,
@@ -155,6 +159,10 @@ class Decoder:
                 for the floats that the model computes.
             burst: seconds that the tokens of one call of the device may take while all requests decode, so that they
                 come several at a time; 0 for one at a time. No token depends on it.
+            mesh: devices to share the work: a `jax.sharding.Mesh` with axes of `sharding.AXES`, or their sizes such as
+                "tensor=3,sequence=2". None for one device. No token depends on it, but for ties to the last bits.
+            rules: on a mesh, where parameters live: by the path, an axis or None for each of the last dimensions, such
+                as {"mlp/up/kernel": (None, "tensor")}; before those of `sharding.DEFAULT_RULES`.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
             program: tells what `forward` computes from all else it may compute, beside the model's arrays;
                 what is derived is then kept on disk for later starts (see `llmir_jax.disk_cache`). None: it is not.
@@ -171,7 +179,13 @@ class Decoder:
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
-        native = platform == "cpu" and target in (None, "cpu")
+        on_mesh = as_mesh(mesh)
+        if on_mesh is not None and (others := [name for name in on_mesh.axis_names if name not in (SEQUENCE, TENSOR)]):
+            raise LlmirError(f"mesh: a decoder is served over {SEQUENCE} and {TENSOR}, not over {', '.join(others)}")
+        placement = None if on_mesh is None else Placement.of(on_mesh, rules)
+        if placement is None and rules is not None:
+            raise LlmirError("decoder: rules say where parameters live on a mesh: give mesh too, or leave them out")
+        native = platform == "cpu" and target in (None, "cpu") and placement is None
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         texts: dict[str, str] = {}
@@ -213,14 +227,17 @@ class Decoder:
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
                 kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
-                target=_layout_target(platform),
+                # in columns a product is one operation, which XLA can partition
+                target=_layout_target(platform) if placement is None else "tpu",
+                placement=placement,
             )
             texts["llm"] = derived.text
             return derived
 
         cache = open_cache()
         stored: StoredStep | None = None
-        if cache is not None and program is not None and calibration is None and not source.activation_scales:
+        is_kept = placement is None and calibration is None and not source.activation_scales
+        if cache is not None and program is not None and is_kept:
             sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
             target_key = (platform, _layout_target(platform), native)
             weights_key = (source.matrices, source.stored)
@@ -245,12 +262,18 @@ class Decoder:
             notes=planner.notes,
             stored=stored if is_pure[0] else None,
             record=record,
+            placement=placement,
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
         engine = Engine(
-            step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk, burst=burst
+            step,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            prefill_chunk=prefill_chunk,
+            burst=burst,
+            placement=step.placement,
         )
         decoder = cls(
             step=step,
@@ -427,6 +450,8 @@ class Decoder:
 
             return f"native code for {this_host()}, {team().size} threads"
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
+        if self._step.placement is not None:
+            return f"{reference}, partitioned over {self._step.placement}"
         if self._step.not_native:
             return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
         return f"{reference} (no kernels of its own were asked for)"

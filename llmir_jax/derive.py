@@ -24,6 +24,7 @@ from llmir_jax.analysis.token_axis import TokenAxis
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, dtype_of, shape_of, tensor
 from llmir_jax.errors import LlmirError, UnsupportedModelError
+from llmir_jax.placement import Placement
 from llmir_jax.quantization import Plan
 from llmir_jax.trace import Traced
 from llmir_jax.transforms import signature
@@ -71,6 +72,8 @@ class Derived:
     """The IR over the paged cache, before the cache is laid out."""
     plan: Plan | None = None
     """What became of each parameter, where weights are quantized."""
+    placement: Placement | None = None
+    """Where its arrays live, where it is partitioned over a mesh."""
 
 
 class _Traces:

@@ -1,6 +1,6 @@
 """The pipeline: which passes run, in which order, and what is kept of each stage.
 
-    trace → derive → cache → raise → quantize → rows → lower
+    trace → derive → cache → raise → quantize → shard → rows → lower
 
 Every pass verifies its result. The step is derived once, at a prime number of tokens, and specialised to each bucket.
 """
@@ -12,25 +12,33 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, TensorType
+from xdsl.ir import SSAValue
 from xdsl.passes import ModulePass
 from xdsl.printer import Printer
 from xdsl.transforms.common_subexpression_elimination import cse
 from xdsl.utils.exceptions import VerifyException
 
 from llmir_jax.derive import Derived, TraceAt, derive
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import shape_of
 from llmir_jax.disk_cache import DiskCache
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import make_context
+from llmir_jax.placement import Placement
 from llmir_jax.quantization import Plan
 from llmir_jax.transforms.activation_quantization import ActivationQuantizationPass
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
+from llmir_jax.transforms.communication_insertion import CommunicationInsertionPass
 from llmir_jax.transforms.hardware_specific_quantization import HardwareSpecificQuantizationPass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
 from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
+from llmir_jax.transforms.kv_cache_sharding import KVCacheShardingPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
+from llmir_jax.transforms.memory_planning import MemoryPlanningPass
+from llmir_jax.transforms.model_partitioning import ModelPartitioningPass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
 from llmir_jax.transforms.quantized_operation_fusion import QuantizedOperationFusionPass
 from llmir_jax.transforms.raise_gated_mlp import RaiseGatedMLPPass
@@ -92,10 +100,12 @@ def derive_step(
     plan_weights: PlanWeights | None = None,
     kv_cache_bits: int | None = None,
     target: str = "reference",
+    placement: Placement | None = None,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at.
 
-    `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out. With a `placement` it is
+    partitioned over its mesh, on which `derived.placement` then is.
     """
     start = time.perf_counter()
     derived = derive(
@@ -127,7 +137,8 @@ def derive_step(
             module,
             WeightQuantizationPass(plan=derived.plan),
             ActivationQuantizationPass(plan=derived.plan),
-            QuantizedOperationFusionPass(),
+            # on a mesh every matrix is split by itself
+            *([QuantizedOperationFusionPass()] if placement is None else []),
             HardwareSpecificQuantizationPass(target=target),
         )
     recorder.run(module, RaiseGatedMLPPass())
@@ -137,7 +148,33 @@ def derive_step(
         recorder.run(module, KVCacheQuantizationPass(bits=kv_cache_bits))
     recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
+    if placement is not None:
+        placement = _for_attention(module, placement)
+        recorder.run(
+            module,
+            ModelPartitioningPass(mesh=placement.text, rules=placement.rules),
+            KVCacheShardingPass(mesh=placement.text),
+            MemoryPlanningPass(mesh=placement.text, device_bytes=placement.device_bytes),
+        )
+        derived.placement = placement
     return derived
+
+
+def _for_attention(module: ModuleOp, placement: Placement) -> Placement:
+    """The placement that suits the heads of the step's attention."""
+    forms = {
+        (shape_of(op.q)[1], pages_shape(op.k_pages)[2]) for op in module.walk() if isinstance(op, llm.AttendPagesOp)
+    }
+    for num_heads, num_kv_heads in sorted(forms, key=lambda form: form[1]):
+        placement = placement.for_heads(num_heads, num_kv_heads)
+    return placement
+
+
+def pages_shape(pages: SSAValue) -> tuple[int, ...]:
+    """[num_pages, page_size, num_kv_heads, head_dim] of page arrays, quantized or not."""
+    kind = pages.type
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+    return tuple(kind.get_shape())
 
 
 def _explained(plan: Plan, weights: Weights) -> Plan:
@@ -161,10 +198,12 @@ def specialize_step(
         from llmir_jax.transforms.lower_to_cpu import LowerToCpuPass  # here, since other targets need no LLVM
 
         lower = LowerToCpuPass(arrangement=arrangement, cache=cache)
+    communication = [] if derived.placement is None else [CommunicationInsertionPass(mesh=derived.placement.text)]
     return recorder.run(
         module,
         SinkLogitsRowsPass(at_logits=tokens <= rows),  # with so few tokens, logits for all cost less than for the rows
         SpecializeTokensPass(tokens=tokens),
+        *communication,
         lower,
     )
 

@@ -18,6 +18,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import Recorder, specialize_step
+from llmir_jax.placement import Placement
 from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.step_record import NativeParts, StepRecord
@@ -25,6 +26,8 @@ from llmir_jax.stored_step import StoredStep
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
+from llmir_jax.transforms.memory_planning import parts_of
+from llmir_jax.transforms.sharding_attributes import of_argument
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class DerivedStep:
         notes: Sequence[str] = (),
         stored: StoredStep | None = None,
         record: StepRecord | None = None,
+        placement: Placement | None = None,
     ):
         """
         Args:
@@ -60,6 +64,7 @@ class DerivedStep:
             notes: for the report, before the derivation's own.
             stored: where the step is kept on disk, if it is.
             record: of the step, if it was found there.
+            placement: where its arrays live; its own is that of `derived`, which suits the step's heads.
         """
         self._derive = derived if callable(derived) else None
         self._recorder = recorder
@@ -72,6 +77,7 @@ class DerivedStep:
             record = StepRecord.of(self._derived, parts, notes)
             if stored is not None:
                 stored.keep(record, self._derived.module)
+        self.placement = placement if placement is None or callable(derived) else derived.placement
         self.record = record
         """What the step is, without its operations."""
         self.max_seqs = max_seqs
@@ -84,6 +90,8 @@ class DerivedStep:
         self.weights: tuple[Weight, ...]
         self.params: tuple[jax.Array | QuantizedArray, ...]
         weights = fill(record.main, record.plan, source, rounding)
+        if self.placement is not None:
+            weights = self._placed(weights, self.placement)
         if self._arrangement is not None:
             self._pack(self._arrangement, weights)
         else:
@@ -115,6 +123,15 @@ class DerivedStep:
             return Derived(module, length, self.max_seqs, record.max_seq_len, plan=record.plan)
         derived = self._derive()
         return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
+
+    def _placed(self, weights: Iterator[Weight], placement: Placement) -> Iterator[Weight]:
+        """The weights, each where it lives, one at a time."""
+        for (arg, _), weight in zip(signature.parameter_paths(main_function(self.record.main)), weights, strict=True):
+            leaves, structure = jax.tree.flatten(weight.value)
+            spec = of_argument(self._attributes[arg.index])
+            assert spec is not None, f"{weight.path} is not partitioned"
+            placed = [placement.put(leaf, own) for leaf, (_, own) in zip(leaves, parts_of(arg.type, spec), strict=True)]
+            yield replace(weight, value=jax.tree.unflatten(structure, placed))
 
     def _pack(self, arrangement: "Arrangement", weights: Iterator[Weight]) -> None:
         """Parameters as the one array that native code reads, and those that XLA does."""
@@ -186,6 +203,14 @@ class DerivedStep:
 
         def pages(index: int) -> Pages:
             kind = self._args[index].type
+            if self.placement is not None:
+                spec = of_argument(self._attributes[index])
+                assert spec is not None
+                parts = [
+                    self.placement.zeros(part.get_shape(), element_dtype(part.element_type), own)
+                    for part, own in parts_of(kind, spec)
+                ]
+                return tuple(parts) if isinstance(kind, llm.QuantizedTensorType) else parts[0]
             if isinstance(kind, llm.QuantizedTensorType):
                 return tuple(_zeros(part) for part in kind.parts())
             return _zeros(kind)
@@ -262,9 +287,19 @@ class DerivedStep:
             if place is None:
                 continue
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
-            new[group][layer][0 if self._role(index) == "k_pages" else 1] = results[place]
+            new[group][layer][0 if self._role(index) == "k_pages" else 1] = self._where_it_lives(index, results[place])
         logits = jnp.asarray(results[0]).reshape(self.max_seqs, self.vocab_size).astype(jnp.float32)
         return logits, tuple(tuple((k, v) for k, v in layers) for layers in new)
+
+    def _where_it_lives(self, index: int, pages: Pages) -> Pages:
+        """New pages, where those that they replace are, which are donated for them."""
+        spec = of_argument(self._attributes[index])
+        if self.placement is None or spec is None:
+            return pages
+        arrays = pages if isinstance(pages, tuple) else (pages,)
+        parts = parts_of(self._args[index].type, spec)
+        placed = [self.placement.constrain(array, own) for array, (_, own) in zip(arrays, parts, strict=True)]
+        return tuple(placed) if isinstance(pages, tuple) else placed[0]
 
     @staticmethod
     def _take(arrays: Iterator[jax.Array], kind: Attribute) -> Pages:

@@ -49,6 +49,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of these axes over all devices, those of other processes too, or over `devices`.
 
+    The axes are laid out in the order of `AXES`, whatever theirs is.
+
     Args:
         axes: size by name; the product is the number of devices. Axes that are left out are not in the mesh.
         devices: as many as the axes' sizes make; None for all that JAX has.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, EXPERT, TENSOR, TENSOR_COPIES
@@ -24,6 +24,8 @@ from sharding.mesh import AXES, EXPERT, TENSOR, TENSOR_COPIES
 KV_HEADS = "kv_heads"
 """In a spec: `tensor`, without its copies. Of keys and values, of which some devices have the same."""
 
+AnyMesh = Mesh | AbstractMesh
+"""Rules ask for names and sizes only."""
 Axis = str | None | tuple[str, ...]
 Spec = Sequence[Axis] | PartitionSpec
 
@@ -96,7 +98,9 @@ def parse_rules(rules: Mapping[str, Spec] | None) -> tuple[Rule, ...]:
     return (*made, *DEFAULT_RULES)
 
 
-def partition_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES) -> PartitionSpec:
+def partition_spec(
+    path: str, shape: Sequence[int], mesh: AnyMesh, rules: Sequence[Rule] = DEFAULT_RULES
+) -> PartitionSpec:
     """Where a parameter lives on a mesh.
 
     Raises:
@@ -109,7 +113,7 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[
     return spec_of(rule, path, shape, mesh)
 
 
-def spec_of(rule: Rule, path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_of(rule: Rule, path: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """What a rule means for a parameter of this shape on a mesh. Raises ShardingError, see `partition_spec`."""
     if len(rule.spec) > len(shape):
         if rule.is_default:
@@ -166,7 +170,7 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
-def _on(mesh: Mesh, name: str) -> tuple[str, ...]:
+def _on(mesh: AnyMesh, name: str) -> tuple[str, ...]:
     """The axes of the mesh that an axis of a rule is."""
     if name == KV_HEADS:
         return (TENSOR,)

@@ -53,6 +53,7 @@ def _parse_ids(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-sequence tokens.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each time, 0 to 20.")
 @options.target_option
+@options.mesh_option
 @options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the time that each part took.")
@@ -68,6 +69,7 @@ def generate_command(
     as_json: bool,
     report: bool,
     target: str | None,
+    mesh: str | None,
     quantize: tuple[str, ...],
     calibrate: Path | None,
     kv_cache: str | None,
@@ -88,6 +90,7 @@ def generate_command(
     llmir generate "What is the capital of France?"
     llmir generate -q int4 --kv-cache int8 "Name three colours."
     llmir generate -m ./checkpoint --raw "Once upon a time" -t 0.8 --seed 1
+    llmir generate --mesh tensor=4 "Name three colours."
     cat letter.txt | llmir generate --system "Summarize this letter." --json
     """
     started = time.perf_counter()
@@ -115,7 +118,7 @@ def generate_command(
             params = _fit(params, len(ids), cache)
             needed = len(ids) + (params.max_tokens or 1)
         advance()
-        served = {**cache.sizes(needed), **options.target_choice(target), **quantization}
+        served = {**cache.sizes(needed), **options.target_choice(target, mesh), **quantization}
         decoder = loaded.decoder(max_seqs=1, verify=not no_verify, **served)
     derived_at = time.perf_counter()
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmir_jax.errors import OutOfPagesError, RequestError
+from llmir_jax.placement import Placement
 from llmir_jax.runtime.batch import StepModel
 from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
 from llmir_jax.runtime.request import Finish, Request, UpdateReader
@@ -55,6 +56,7 @@ class Engine:
         prefill_chunk: the most tokens of one prompt a step computes; None for as many as the largest bucket holds.
         max_waiting: the most requests that may wait for a slot; None for no limit.
         burst: seconds that the tokens of one call may take while all requests decode; 0 for one token a call.
+        placement: of the model, if it is on a mesh.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Engine:
         prefill_chunk: int | None = None,
         max_waiting: int | None = None,
         burst: float = 0.0,
+        placement: Placement | None = None,
     ) -> None:
         if not 0 <= burst < float("inf"):
             raise RequestError(f"burst = {burst} cannot be used: give seconds, or 0 for one token a call")
@@ -81,7 +84,7 @@ class Engine:
             buckets=model.buckets,
             prefill_chunk=prefill_chunk,
         )
-        self._runner = Runner(model, self._scheduler.pages, has_bursts=burst > 0)
+        self._runner = Runner(model, self._scheduler.pages, has_bursts=burst > 0, placement=placement)
         self._next_id = 0
         self._live: dict[int, Request] = {}  # neither finished nor cancelled
         self._readers: dict[int, UpdateReader] = {}  # of the requests that `step` reports on

@@ -1,0 +1,75 @@
+"""Decoding on meshes of virtual devices gives the tokens of one device, with the collectives that it should take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tensor 2": ("tensor=2", {}),
+    "tensor 4": ("tensor=4", {}),
+    "tensor 8": ("tensor=8", {}),
+    "sequence 2": ("sequence=2", {}),
+    "tensor 4, sequence 2": ("tensor=4,sequence=2", {}),
+    "tensor 2, int8": ("tensor=2", {"quantize": "int8-g16"}),
+    "tensor 4, sequence 2, int4, cache int8": (
+        "tensor=4,sequence=2",
+        {"quantize": "int4-g16-min", "kv_cache": "int8"},
+    ),
+    "tensor 8, int8": ("tensor=8", {"quantize": "int8-g16"}),
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    script = Path(__file__).parent / "eight_devices.py"
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(list(CASES.values()))], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_are_those_of_one_device(results: dict[str, Any], case: str):
+    result = results[case]
+    assert result["tokens"] == result["alone"]
+    assert len({tuple(tokens) for tokens in result["tokens"]}) == 3, "three answers that differ"
+
+
+@pytest.mark.multidevice
+def test_seeded_samples_do_not_depend_on_the_mesh(results: dict[str, Any]):
+    assert results["tensor 2"]["sampled"] == results["tensor 4, sequence 2"]["sampled"]
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("tensor") and "sequence" not in case])
+def test_tensor_parallel_takes_one_all_reduce_for_attention_and_one_for_the_mlp(results: dict[str, Any], case: str):
+    found = results[case]["collectives"]
+    num_layers = 3
+    assert found["Attention"] == {"all-reduce": num_layers}
+    assert found["GatedMLP"] == {"all-reduce": num_layers}
+    # rows of the table, which is split along the vocabulary, or of its integers and their scales
+    assert found["Llama"] == {"all-reduce": 2 if "int8" in case else 1}
+
+
+@pytest.mark.multidevice
+def test_sequence_parallel_moves_softmaxes_and_no_keys(results: dict[str, Any]):
+    found = results["sequence 2"]["collectives"]
+    assert {kind for counts in found.values() for kind in counts} == {"all-reduce"}
+
+
+@pytest.mark.multidevice
+def test_the_cache_and_the_weights_are_split(results: dict[str, Any]):
+    # [pages, tokens a page, KV heads, head dim]: two KV heads, so that four devices have two copies of each
+    assert results["tensor 2"]["shard"] == [32, 8, 1, 16]
+    assert results["tensor 8"]["shard"] == [32, 8, 1, 16]
+    assert results["sequence 2"]["shard"] == [32, 4, 2, 16]
+    assert results["tensor 4, sequence 2"]["shard"] == [32, 4, 1, 16]
+    assert results["tensor 4"]["bytes"] < 0.3 * results["sequence 2"]["bytes"], "a quarter, and K and V are half each"
+    assert results["tensor 8, int8"]["bytes"] < 0.4 * results["tensor 8"]["bytes"]
+    assert "partitioned over sequence 2 × tensor 4 on 8 cpu devices" in results["tensor 4, sequence 2"]["report"]
