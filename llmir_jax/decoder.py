@@ -1,5 +1,6 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import Recorder, derive_step, text_of
 from llmir_jax.placement import MeshOption, Placement, as_mesh
 from llmir_jax.plain_forward import PlainForward
+from llmir_jax.processes import num_processes, shared_seeds, watch
 from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
@@ -183,6 +185,13 @@ class Decoder:
         if on_mesh is not None and (others := [name for name in on_mesh.axis_names if name not in (SEQUENCE, TENSOR)]):
             raise LlmirError(f"mesh: a decoder is served over {SEQUENCE} and {TENSOR}, not over {', '.join(others)}")
         placement = None if on_mesh is None else Placement.of(on_mesh, rules)
+        if placement is not None:
+            watch()
+        elif num_processes() > 1:
+            raise LlmirError(
+                f"decoder: {num_processes()} processes have joined, but there is no mesh for them: give one of all "
+                f"{len(jax.devices())} devices, such as mesh='tensor={len(jax.devices())}'"
+            )
         if placement is None and rules is not None:
             raise LlmirError("decoder: rules say where parameters live on a mesh: give mesh too, or leave them out")
         native = platform == "cpu" and target in (None, "cpu") and placement is None
@@ -272,8 +281,10 @@ class Decoder:
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
             prefill_chunk=prefill_chunk,
-            burst=burst,
+            # processes that time their steps themselves would choose differently
+            burst=burst if placement is None or num_processes() == 1 else 0.0,
             placement=step.placement,
+            draw_seed=shared_seeds() if placement is not None else lambda: secrets.randbits(32),
         )
         decoder = cls(
             step=step,
@@ -487,7 +498,7 @@ class Decoder:
 
         def forward(sequences: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
             shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters]
-            dense = DenseParameters(parameters, weights, self._step.stored, others)
+            dense = DenseParameters(parameters, weights, self._step.on_host, others)
             plain = PlainForward(self._flat.flat_fn, shapes, dense, len(sequences[0]))
             rows = [plain(sequence) for sequence in sequences]
             del plain

@@ -91,6 +91,11 @@ class Placement:
         limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in own]
         return min(limits, default=0)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all of its devices are this process's."""
+        return all(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+
     def sharding(self, spec: Spec = ()) -> NamedSharding:
         """As JAX takes it; without a spec, whole on every device."""
         return NamedSharding(self.mesh, partition_spec(spec) if spec else PartitionSpec())

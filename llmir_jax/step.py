@@ -160,6 +160,13 @@ class DerivedStep:
         assert isinstance(packed, jax.Array)
         return self._arrangement.stored(packed, apart, number, self.weights[number].value)
 
+    def on_host(self, number: int) -> Stored:
+        """`stored`, of arrays that this process has whole."""
+        placement = self.placement
+        if placement is None or placement.is_local:
+            return self.stored(number)
+        return stored_array(jax.tree.map(lambda x: jnp.asarray(placement.to_host(x)), self.params[number]))
+
     @property
     def derived_module(self) -> ModuleOp:
         """The step at the length it was derived at, before it is made for a bucket."""

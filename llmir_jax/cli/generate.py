@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmir_jax.checkpoint import smollm2
-from llmir_jax.cli import options
+from llmir_jax.cli import many, options
 from llmir_jax.errors import LlmirError, RequestError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def _parse_ids(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each time, 0 to 20.")
 @options.target_option
 @options.mesh_option
+@many.on_many_processes
 @options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the time that each part took.")
@@ -91,6 +92,7 @@ def generate_command(
     llmir generate -q int4 --kv-cache int8 "Name three colours."
     llmir generate -m ./checkpoint --raw "Once upon a time" -t 0.8 --seed 1
     llmir generate --mesh tensor=4 "Name three colours."
+    llmir generate --mesh tensor=16 --coordinator auto "Name a colour."   (in every process)
     cat letter.txt | llmir generate --system "Summarize this letter." --json
     """
     started = time.perf_counter()
@@ -100,7 +102,8 @@ def generate_command(
     params = _sampling_params(max_tokens=max_tokens, stop=stop, logprobs=logprobs, **sampling)
     quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
     if not interactive and token_ids is None:
-        prompt = _read_prompt(prompt)
+        given = prompt
+        prompt = many.from_first(lambda: _read_prompt(given))
     with options.progress(f"loading {model}", "deriving, compiling and checking the decoder") as advance:
         options.import_compiler()
         imported_at = time.perf_counter()
@@ -281,7 +284,7 @@ def _chat(
 ) -> None:
     """Questions and answers until the input ends. Ctrl-C ends an answer, or the chat at a question."""
     messages = _system_message(system)
-    while (question := _ask()) is not None:
+    while (question := many.from_first(_ask)) is not None:
         messages.append({"role": "user", "content": question})
         ids = loaded.encode_chat(messages)
         try:

@@ -230,6 +230,12 @@ def progress(*stages: str) -> Iterator[Callable[[], None]]:
         yield advance
 
 
+def is_device_error(error: BaseException) -> bool:
+    """The device failed, most often for want of memory."""
+    jax = sys.modules.get("jax")  # if JAX was not imported, it did not fail
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+
+
 def import_compiler() -> None:
     """Import what takes long, before anything is timed by itself; compiled programs are kept on disk from now on.
 

@@ -6,7 +6,7 @@ waits longer than that for the next ones. A request that ends within a call has 
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +57,7 @@ class Engine:
         max_waiting: the most requests that may wait for a slot; None for no limit.
         burst: seconds that the tokens of one call may take while all requests decode; 0 for one token a call.
         placement: of the model, if it is on a mesh.
+        draw_seed: seeds of 32 bits of requests that give none.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class Engine:
         max_waiting: int | None = None,
         burst: float = 0.0,
         placement: Placement | None = None,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(32),
     ) -> None:
         if not 0 <= burst < float("inf"):
             raise RequestError(f"burst = {burst} cannot be used: give seconds, or 0 for one token a call")
         self._burst = burst
+        self._draw_seed = draw_seed
         self._model = model
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -318,7 +321,7 @@ class Engine:
             prompt_idx=prompt_idx,
             prompt=tokens,
             params=params,
-            seed=secrets.randbits(32) if params.seed is None else params.seed,
+            seed=self._draw_seed() if params.seed is None else params.seed,
             max_new_tokens=self._check_length(len(tokens), params.max_tokens, prompt_idx),
             stop_token_ids=eos_token_ids.union(params.stop_token_ids),
             tokenizer=self._tokenizer,
