@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmir_jax.analysis.cost import StepCost, step_cost
+from llmir_jax.analysis.cost import step_cost
 from llmir_jax.calibrate import Planner
 from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
@@ -37,6 +37,7 @@ from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 from sharding.mesh import SEQUENCE, TENSOR
+from sharding.step_cost import StepCost
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
