@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
+from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function, module_length
@@ -38,6 +39,37 @@ if TYPE_CHECKING:
 def _number(attributes: dict[str, Any], name: str) -> int | None:
     value = attributes.get(name)
     return int(value.value.data) if isinstance(value, IntegerAttr) else None
+
+
+def cache_groups_of(main: FuncOp) -> tuple[CacheGroup, ...]:
+    """The groups of layers of a step that share a page table, from its arguments."""
+    attributes, args = signature.argument_attributes(main), main.body.block.args
+    layers: dict[int, list[int]] = {}
+    for arg in signature.arguments(main, "k_pages"):
+        group = _number(attributes[arg.index], signature.GROUP)
+        assert group is not None
+        layers.setdefault(group, []).append(arg.index)
+    groups = []
+    for _, indices in sorted(layers.items()):
+        pages = args[indices[0]].type
+        assert isinstance(pages, TensorType | llm.QuantizedTensorType)
+        num_pages, page_size, num_kv_heads, head_dim = pages.get_shape()
+        quantized_bits = None
+        if isinstance(pages, llm.QuantizedTensorType):
+            quantized_bits = pages.integer_type.width.data
+        groups.append(
+            CacheGroup(
+                num_layers=len(indices),
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                dtype=element_dtype(pages.element_type),
+                quantized_bits=quantized_bits,
+                window=_number(attributes[indices[0]], WINDOW),
+                num_pages=num_pages,
+                page_size=page_size,
+            )
+        )
+    return tuple(groups)
 
 
 class DerivedStep:
@@ -100,7 +132,7 @@ class DerivedStep:
         logits = record.results[0]
         assert isinstance(logits, TensorType)
         self.vocab_size = logits.get_shape()[-1]
-        self.cache_groups = self._groups()
+        self.cache_groups = cache_groups_of(main)
 
     @property
     def not_native(self) -> tuple[str, ...]:
@@ -175,35 +207,6 @@ class DerivedStep:
     def _role(self, index: int) -> str | None:
         role = self._attributes[index].get(signature.ROLE)
         return role.data if isinstance(role, StringAttr) else None
-
-    def _groups(self) -> tuple[CacheGroup, ...]:
-        layers: dict[int, list[int]] = {}
-        for index, attributes in enumerate(self._attributes):
-            if self._role(index) == "k_pages":
-                group = _number(attributes, signature.GROUP)
-                assert group is not None
-                layers.setdefault(group, []).append(index)
-        groups = []
-        for _, indices in sorted(layers.items()):
-            pages = self._args[indices[0]].type
-            assert isinstance(pages, TensorType | llm.QuantizedTensorType)
-            num_pages, page_size, num_kv_heads, head_dim = pages.get_shape()
-            quantized_bits = None
-            if isinstance(pages, llm.QuantizedTensorType):
-                quantized_bits = pages.integer_type.width.data
-            groups.append(
-                CacheGroup(
-                    num_layers=len(indices),
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    dtype=element_dtype(pages.element_type),
-                    quantized_bits=quantized_bits,
-                    window=_number(self._attributes[indices[0]], WINDOW),
-                    num_pages=num_pages,
-                    page_size=page_size,
-                )
-            )
-        return tuple(groups)
 
     def init_cache(self) -> Cache:
         """Zeroed pages."""

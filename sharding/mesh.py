@@ -111,6 +111,19 @@ def split_for_kv_heads(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mesh:
             divided over them.
     """
     size = axis_size(mesh, TENSOR)
+    check_heads(size, num_heads, num_kv_heads)
+    if num_kv_heads % size == 0 or TENSOR_COPIES in mesh.axis_names:
+        return mesh
+    along = mesh.axis_names.index(TENSOR)
+    shape, names, types = list(mesh.devices.shape), list(mesh.axis_names), list(mesh.axis_types)
+    shape[along : along + 1] = [num_kv_heads, size // num_kv_heads]
+    names.insert(along + 1, TENSOR_COPIES)
+    types.insert(along + 1, types[along])
+    return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=tuple(types))
+
+
+def check_heads(size: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raises ShardingError for heads that cannot be shared out over so many devices along `tensor`."""
     fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0 and kv_heads_fit(num_kv_heads, n)]
     if num_heads % size:
         raise ShardingError(
@@ -121,14 +134,6 @@ def split_for_kv_heads(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mesh:
             f"mesh: {num_kv_heads} KV heads neither divide tensor = {size} nor are divided by it; "
             f"it can be {_listed(fitting)}"
         )
-    if num_kv_heads % size == 0 or TENSOR_COPIES in mesh.axis_names:
-        return mesh
-    along = mesh.axis_names.index(TENSOR)
-    shape, names, types = list(mesh.devices.shape), list(mesh.axis_names), list(mesh.axis_types)
-    shape[along : along + 1] = [num_kv_heads, size // num_kv_heads]
-    names.insert(along + 1, TENSOR_COPIES)
-    types.insert(along + 1, types[along])
-    return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=tuple(types))
 
 
 def kv_heads_fit(num_kv_heads: int, size: int) -> bool:

@@ -61,6 +61,8 @@ class StepCost:
     caches: tuple[CacheCost, ...]
     itemsize: int
     """Bytes of an element of activations."""
+    vocab_size: int
+    """Logits of a row."""
     other_multiply_adds_per_token: int = 0
     """Of products that no parameter is in."""
 

@@ -53,6 +53,7 @@ def step_cost(
         parameters=tuple(parameters),
         caches=tuple(_cache_cost(group, products.heads) for group in cache_groups),
         itemsize=products.itemsize,
+        vocab_size=shape_of(signature.results(main)[0])[-1],
         other_multiply_adds_per_token=products.other,
     )
 

@@ -12,7 +12,7 @@ from math import prod
 
 from jax.sharding import AbstractMesh
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType, i64
+from xdsl.dialects.builtin import IntegerAttr, IntegerType, ModuleOp, TensorType, i64
 from xdsl.ir import Attribute
 from xdsl.passes import ModulePass
 
@@ -55,6 +55,22 @@ def parts_of(kind: Attribute, spec: Spec) -> Iterator[tuple[TensorType, Spec]]:
         yield part, specs[::-1] if kind.in_columns else specs
 
 
+def stored_bytes(kind: Attribute) -> int:
+    """Of the whole of a value of a type."""
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+    parts = parts_of(kind, ((),) * len(kind.get_shape()))
+    return sum(part_bytes(part) for part, _ in parts)
+
+
+def part_bytes(part: TensorType) -> int:
+    """Of a tensor, where a device packs what is narrower than a byte."""
+    kind = part.element_type
+    num_elements: int = prod(part.get_shape())
+    if isinstance(kind, IntegerType) and kind.width.data == 4:
+        return num_elements // 2
+    return num_elements * element_dtype(kind).itemsize
+
+
 def device_memory(module: ModuleOp, mesh: AbstractMesh) -> DeviceMemory:
     """What a step that is partitioned keeps on each device of a mesh."""
     main = main_function(module)
@@ -66,8 +82,7 @@ def device_memory(module: ModuleOp, mesh: AbstractMesh) -> DeviceMemory:
         rank = len(arg.type.get_shape()) if isinstance(arg.type, TensorType | llm.QuantizedTensorType) else 0
         for part, own in parts_of(arg.type, spec if spec is not None else ((),) * rank):
             split = prod(split_of(own, dim, mesh) for dim in range(len(own)))
-            itemsize = element_dtype(part.element_type).itemsize
-            found["cache" if arg in pages else "parameters"] += prod(part.get_shape()) * itemsize // split
+            found["cache" if arg in pages else "parameters"] += part_bytes(part) // split
     return DeviceMemory(**found)
 
 
