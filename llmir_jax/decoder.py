@@ -19,6 +19,7 @@ from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
 from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.pipelined_step import PipelinedStep
 from llmir_jax.placement import MeshOption, Placement, as_mesh
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.processes import num_processes, shared_seeds, watch
@@ -36,7 +37,7 @@ from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model,
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
-from sharding.mesh import SEQUENCE, TENSOR
+from sharding.mesh import PIPELINE, SEQUENCE, TENSOR, sub_meshes
 from sharding.step_cost import StepCost
 
 STAGES = ("stablehlo", "llm", "target")
@@ -183,9 +184,13 @@ class Decoder:
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
         on_mesh = as_mesh(mesh)
-        if on_mesh is not None and (others := [name for name in on_mesh.axis_names if name not in (SEQUENCE, TENSOR)]):
-            raise LlmirError(f"mesh: a decoder is served over {SEQUENCE} and {TENSOR}, not over {', '.join(others)}")
-        placement = None if on_mesh is None else Placement.of(on_mesh, rules)
+        served = (PIPELINE, SEQUENCE, TENSOR)
+        if on_mesh is not None and (others := [name for name in on_mesh.axis_names if name not in served]):
+            raise LlmirError(f"mesh: a decoder is served over {', '.join(served)}, not over {', '.join(others)}")
+        stages = () if on_mesh is None else sub_meshes(on_mesh, PIPELINE)
+        placement = None if on_mesh is None else Placement.of(stages[0], rules)
+        if len(stages) > 1 and num_processes() > 1:
+            raise LlmirError(f"mesh: pipeline = {len(stages)} is served in one process only, not in {num_processes()}")
         if placement is not None:
             watch()
         elif num_processes() > 1:
@@ -240,6 +245,7 @@ class Decoder:
                 # in columns a product is one operation, which XLA can partition
                 target=_layout_target(platform) if placement is None else "tpu",
                 placement=placement,
+                num_stages=max(1, len(stages)),
             )
             texts["llm"] = derived.text
             return derived
@@ -261,19 +267,34 @@ class Decoder:
         facts = record or derived
         assert facts is not None
         start = time.perf_counter()
-        step = DerivedStep(
-            derived or derive,
-            source,
-            rounding=planner.rounding,
-            max_seqs=max_seqs,
-            buckets=_buckets(buckets, max_seqs, facts.max_seq_len * max_seqs),
-            recorder=recorder,
-            native=native,
-            notes=planner.notes,
-            stored=stored if is_pure[0] else None,
-            record=record,
-            placement=placement,
-        )
+        token_buckets = _buckets(buckets, max_seqs, facts.max_seq_len * max_seqs)
+        step: DerivedStep
+        if len(stages) > 1:
+            assert derived is not None
+            step = PipelinedStep(
+                derived,
+                source,
+                meshes=stages,
+                rounding=planner.rounding,
+                max_seqs=max_seqs,
+                buckets=token_buckets,
+                recorder=recorder,
+                notes=planner.notes,
+            )
+        else:
+            step = DerivedStep(
+                derived or derive,
+                source,
+                rounding=planner.rounding,
+                max_seqs=max_seqs,
+                buckets=token_buckets,
+                recorder=recorder,
+                native=native,
+                notes=planner.notes,
+                stored=stored if is_pure[0] else None,
+                record=record,
+                placement=placement,
+            )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
@@ -282,8 +303,8 @@ class Decoder:
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
             prefill_chunk=prefill_chunk,
-            # processes that time their steps themselves would choose differently
-            burst=burst if placement is None or num_processes() == 1 else 0.0,
+            # processes that time their steps themselves would choose differently; stages are no one program
+            burst=burst if len(stages) < 2 and (placement is None or num_processes() == 1) else 0.0,
             placement=step.placement,
             draw_seed=shared_seeds() if placement is not None else lambda: secrets.randbits(32),
         )
@@ -463,10 +484,17 @@ class Decoder:
             return f"native code for {this_host()}, {team().size} threads"
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
         if self._step.placement is not None:
-            return f"{reference}, partitioned over {self._step.placement}"
+            return f"{reference}, partitioned over {self._step.placement}{self._stages()}"
         if self._step.not_native:
             return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
         return f"{reference} (no kernels of its own were asked for)"
+
+    def _stages(self) -> str:
+        stages = getattr(self._step, "stages", ())
+        if not stages:
+            return ""
+        layers = [sum(group.num_layers for group in stage.cache_groups) for stage in stages]
+        return f" for each of {len(stages)} stages of {', '.join(map(str, layers))} layers"
 
     def cost(self) -> StepCost:
         """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""

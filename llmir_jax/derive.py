@@ -74,6 +74,8 @@ class Derived:
     """What became of each parameter, where weights are quantized."""
     placement: Placement | None = None
     """Where its arrays live, where it is partitioned over a mesh."""
+    has_logits: bool = True
+    """Whether it is a whole step, or the last stage of one."""
 
 
 class _Traces:

@@ -101,11 +101,12 @@ def derive_step(
     kv_cache_bits: int | None = None,
     target: str = "reference",
     placement: Placement | None = None,
+    num_stages: int = 1,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at.
 
     `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out. With a `placement` it is
-    partitioned over its mesh, on which `derived.placement` then is.
+    partitioned over its mesh, on which `derived.placement` then is; `num_stages` are to be cut of it.
     """
     start = time.perf_counter()
     derived = derive(
@@ -154,8 +155,9 @@ def derive_step(
             module,
             ModelPartitioningPass(mesh=placement.text, rules=placement.rules),
             KVCacheShardingPass(mesh=placement.text),
-            MemoryPlanningPass(mesh=placement.text, device_bytes=placement.device_bytes),
         )
+        if num_stages == 1:  # else each stage has its own
+            recorder.run(module, MemoryPlanningPass(mesh=placement.text, device_bytes=placement.device_bytes))
         derived.placement = placement
     return derived
 
@@ -199,9 +201,11 @@ def specialize_step(
 
         lower = LowerToCpuPass(arrangement=arrangement, cache=cache)
     communication = [] if derived.placement is None else [CommunicationInsertionPass(mesh=derived.placement.text)]
+    # with so few tokens, logits for all cost less than for the rows
+    sink = [SinkLogitsRowsPass(at_logits=tokens <= rows)] if derived.has_logits else []
     return recorder.run(
         module,
-        SinkLogitsRowsPass(at_logits=tokens <= rows),  # with so few tokens, logits for all cost less than for the rows
+        *sink,
         SpecializeTokensPass(tokens=tokens),
         *communication,
         lower,

@@ -76,6 +76,12 @@ class Placement:
         except ShardingError as error:
             raise LlmirError(str(error)) from None
 
+    def on(self, mesh: Mesh) -> "Placement":
+        """The same on a mesh of other devices, of the axes that this one had at first."""
+        like = self.mesh
+        moved = Mesh(mesh.devices.reshape(like.devices.shape), like.axis_names, axis_types=like.axis_types)
+        return Placement(mesh=moved, rules=self.rules)
+
     @property
     def text(self) -> str:
         """The mesh as passes take it."""

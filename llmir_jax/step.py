@@ -28,6 +28,7 @@ from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
 from llmir_jax.transforms.memory_planning import parts_of
+from llmir_jax.transforms.pipeline_partitioning import CARRIED
 from llmir_jax.transforms.sharding_attributes import of_argument
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
@@ -115,9 +116,7 @@ class DerivedStep:
         self.max_seqs = max_seqs
         self.max_seq_len = record.max_seq_len
         self.buckets = buckets
-        main = main_function(record.main)
-        self._attributes = signature.argument_attributes(main)
-        self._args = list(main.body.block.args)
+        self._describe_main()
         self._arrangement = record.native.arrangement
         self.weights: tuple[Weight, ...]
         self.params: tuple[jax.Array | QuantizedArray, ...]
@@ -132,6 +131,12 @@ class DerivedStep:
         logits = record.results[0]
         assert isinstance(logits, TensorType)
         self.vocab_size = logits.get_shape()[-1]
+
+    def _describe_main(self) -> None:
+        """What the record tells of the arguments of @main."""
+        main = main_function(self.record.main)
+        self._attributes = signature.argument_attributes(main)
+        self._args = list(main.body.block.args)
         self.cache_groups = cache_groups_of(main)
 
     @property
@@ -232,8 +237,8 @@ class DerivedStep:
                 group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
                 layers.setdefault(group, {}).setdefault(layer, {})[role] = pages(index)
         return tuple(
-            tuple((pair["k_pages"], pair["v_pages"]) for _, pair in sorted(group.items()))
-            for _, group in sorted(layers.items())
+            tuple((pair["k_pages"], pair["v_pages"]) for _, pair in sorted(layers.get(group, {}).items()))
+            for group in range(max(layers, default=-1) + 1)  # a stage of a pipeline may have no layer of one
         )
 
     def module(self, bucket: int) -> ModuleOp:
@@ -271,6 +276,17 @@ class DerivedStep:
 
     def step(self, params: Any, cache: Cache, batch: StepBatch) -> tuple[jax.Array, Cache]:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""
+        (logits,), cache = self.call(params, cache, batch)
+        return jnp.asarray(logits).reshape(self.max_seqs, self.vocab_size).astype(jnp.float32), cache
+
+    def call(
+        self, params: Any, cache: Cache, batch: StepBatch, carried: Sequence[jax.Array] = ()
+    ) -> tuple[list[Any], Cache]:
+        """What @main returns before new pages, and the new cache. Traceable.
+
+        `carried` is what a stage of a pipeline gets from the one before.
+        """
+        arriving = iter(carried)
         called = self._executable(batch.tokens.shape[0])
         remaining = iter(params)
         args: list[Any] = [next(remaining)] if self.is_native else []
@@ -285,6 +301,8 @@ class DerivedStep:
             elif role in ("k_pages", "v_pages"):
                 pages = cache[group][layer][0 if role == "k_pages" else 1]
                 args += pages if isinstance(pages, tuple) else [pages]
+            elif role == CARRIED:
+                args.append(next(arriving))
             elif role == "block_tables":
                 args.append(batch.block_tables[group])
             else:
@@ -298,8 +316,9 @@ class DerivedStep:
                 continue
             group, layer = _number(attributes, signature.GROUP) or 0, _number(attributes, LAYER) or 0
             new[group][layer][0 if self._role(index) == "k_pages" else 1] = self._where_it_lives(index, results[place])
-        logits = jnp.asarray(results[0]).reshape(self.max_seqs, self.vocab_size).astype(jnp.float32)
-        return logits, tuple(tuple((k, v) for k, v in layers) for layers in new)
+        num_pages = sum(RESULT in attributes for attributes in self._attributes)
+        rest = results[: len(results) - num_pages]
+        return rest, tuple(tuple((k, v) for k, v in layers) for layers in new)
 
     def _where_it_lives(self, index: int, pages: Pages) -> Pages:
         """New pages, where those that they replace are, which are donated for them."""

@@ -18,6 +18,7 @@ from llmir_jax.errors import OutOfPagesError, RequestError
 from llmir_jax.placement import Placement
 from llmir_jax.runtime.batch import StepModel
 from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
+from llmir_jax.runtime.pipeline_runner import PipelinedModel, PipelineRunner
 from llmir_jax.runtime.request import Finish, Request, UpdateReader
 from llmir_jax.runtime.runner import Compilation, NextToken, Runner
 from llmir_jax.runtime.sampling import SamplingParams
@@ -87,7 +88,8 @@ class Engine:
             buckets=model.buckets,
             prefill_chunk=prefill_chunk,
         )
-        self._runner = Runner(model, self._scheduler.pages, has_bursts=burst > 0, placement=placement)
+        runner: type[Runner] = PipelineRunner if isinstance(model, PipelinedModel) else Runner
+        self._runner = runner(model, self._scheduler.pages, has_bursts=burst > 0, placement=placement)
         self._next_id = 0
         self._live: dict[int, Request] = {}  # neither finished nor cancelled
         self._readers: dict[int, UpdateReader] = {}  # of the requests that `step` reports on

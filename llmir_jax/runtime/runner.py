@@ -77,10 +77,7 @@ class Runner:
         self._rows_packing = sampler.rows_packing(model.max_seqs)
         self._tokens_packing = sampler.tokens_packing(model.max_seqs, model.vocab_size)
         self._step_packings = {bucket: self._step_packing(bucket) for bucket in model.buckets}
-        self._steps = {
-            bucket: jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
-            for bucket, packing in self._step_packings.items()
-        }
+        self._steps = {bucket: self._make_step(packing) for bucket, packing in self._step_packings.items()}
         self._bursts = {
             bucket: jax.jit(partial(self._trace_burst, packing), donate_argnames=("cache", "seen"))
             for bucket, packing in self._step_packings.items()
@@ -89,9 +86,17 @@ class Runner:
         self._step_seconds: float | None = None  # of a step of decoding, when last measured
         self._sample = jax.jit(self._trace_sample, donate_argnames="seen")
         self._fill_seen = jax.jit(self._trace_fill_seen, donate_argnames="seen")
-        self._copy_pages = jax.jit(self._trace_copy_pages, donate_argnames="cache")
+        self._copy_pages = self._make_copy()
         self._cache: Cache | None = model.init_cache()
         self._seen: jax.Array | None = self._init_seen()
+
+    def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+        """The model's step: (params, cache, packed batch) → logits, their argmax, new cache."""
+        return jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
+
+    def _make_copy(self) -> Callable[..., Any]:
+        """(cache, pages to copy, where to) → new cache."""
+        return jax.jit(self._trace_copy_pages, donate_argnames="cache")
 
     # Running
 

@@ -65,7 +65,7 @@ def main() -> None:
                 "tokens": tokens,
                 "alone": alone[key],
                 "sampled": sampled,
-                "collectives": collectives(decoder),
+                "collectives": {} if "pipeline" in axes else collectives(decoder),
                 "report": str(decoder.report()),
                 "shard": leaf.sharding.shard_shape(leaf.shape),
                 "bytes": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(decoder._step.params)),

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from llmir_jax.errors import LlmirError
+from llmir_jax.runtime.pipeline_runner import num_parts
+from llmir_jax.transforms.pipeline_partitioning import layers_of_stages
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor 2": ("tensor=2", {}),
     "tensor 4": ("tensor=4", {}),
@@ -20,6 +24,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"quantize": "int4-g16-min", "kv_cache": "int8"},
     ),
     "tensor 8, int8": ("tensor=8", {"quantize": "int8-g16"}),
+    "pipeline 2": ("pipeline=2", {}),
+    "pipeline 3, tensor 2, int8": ("pipeline=3,tensor=2", {"quantize": "int8-g16"}),
+    "pipeline 2, tensor 2, sequence 2": ("pipeline=2,tensor=2,sequence=2", {}),
 }
 
 
@@ -73,3 +80,22 @@ def test_the_cache_and_the_weights_are_split(results: dict[str, Any]):
     assert results["tensor 4"]["bytes"] < 0.3 * results["sequence 2"]["bytes"], "a quarter, and K and V are half each"
     assert results["tensor 8, int8"]["bytes"] < 0.4 * results["tensor 8"]["bytes"]
     assert "partitioned over sequence 2 × tensor 4 on 8 cpu devices" in results["tensor 4, sequence 2"]["report"]
+
+
+@pytest.mark.multidevice
+def test_stages_have_their_own_layers(results: dict[str, Any]):
+    report = results["pipeline 2"]["report"]
+    assert "for each of 2 stages of 2, 1 layers" in report
+    assert "self-check: passed" in report
+
+
+def test_layers_are_shared_out_and_the_last_stage_has_fewer():
+    assert layers_of_stages(30, 4) == (8, 8, 7, 7)
+    assert layers_of_stages(30, 2) == (15, 15)
+    with pytest.raises(LlmirError, match="3 layers cannot be divided over pipeline = 4"):
+        layers_of_stages(3, 4)
+
+
+@pytest.mark.parametrize(("rows", "stages", "parts"), [(8, 4, 4), (16, 3, 2), (1, 4, 1), (2, 4, 2), (9, 4, 3)])
+def test_parts_of_a_batch_on_their_way(rows: int, stages: int, parts: int):
+    assert num_parts(rows, stages) == parts
