@@ -1,10 +1,9 @@
 """A step that is derived, partitioned and compiled for devices that are not there: libtpu compiles for any TPU slice.
 
-Needs the extra ``tpu-aot``, and the environment that `prepare_environment` sets before JAX is imported.
+Needs the extra ``tpu-aot``, and the environment that `libtpu_environment.prepare` sets before JAX is imported.
 """
 
 import importlib.util
-import os
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_executable, executable
 from llmir_jax.pipeline import Recorder, specialize_step
 from llmir_jax.placement import Placement
+from llmir_jax.planning import NUM_DERIVED, ModelPlan
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_sharding import KVCacheShardingPass
 from llmir_jax.transforms.memory_planning import parts_of
@@ -28,23 +28,30 @@ from sharding.cost import Layout
 from sharding.mesh import make_mesh
 from sharding.topologies import Topology
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""So that libtpu looks for no TPU."""
 
-
-def prepare_environment() -> None:
-    """For the process, before JAX is imported."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-def unavailable_reason(topology: Topology) -> str | None:
-    """Why nothing can be compiled for a slice here; None if it can."""
+def unavailable_reason(topology: Topology, layout: Layout) -> str | None:
+    """Why a step cannot be compiled for a slice here; None if it can."""
     if topology.chip.platform != "tpu":
         return "XLA compiles for GPUs only where there is one"
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed: pip install 'llmir-jax[tpu-aot]'"
+    if layout.data > 1 or layout.pipeline > 1:
+        return f"{layout} is one program for each copy and each stage"
     return None
+
+
+def compile_layers(model: ModelPlan, topology: Topology, layout: Layout) -> CompiledProgram:
+    """The model's decoding step, from that of two layers and that of three. Raises LlmirError, see `compile_step`."""
+    mesh, config = mesh_for(topology, layout), model.config
+    num_kv_heads = getattr(config, "num_kv_heads", config.num_heads)
+
+    def compiled(num_layers: int) -> CompiledProgram:
+        derived = model.derive(num_layers)
+        return compile_step(derived, mesh, num_heads=config.num_heads, num_kv_heads=num_kv_heads, tokens=model.batch)
+
+    if not model.is_uniform or config.num_layers <= NUM_DERIVED:
+        return compiled(config.num_layers)
+    return compiled(NUM_DERIVED).with_layers(config.num_layers, of=NUM_DERIVED, next_layer=compiled(NUM_DERIVED + 1))
 
 
 def mesh_for(topology: Topology, layout: Layout) -> Mesh:
@@ -106,4 +113,4 @@ def _abstract(shape: tuple[int, ...], dtype: Any, placement: Placement, spec: Sp
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(spec))
 
 
-__all__ = ["compile_step", "mesh_for", "prepare_environment", "unavailable_reason"]
+__all__ = ["compile_layers", "compile_step", "mesh_for", "unavailable_reason"]

@@ -34,6 +34,7 @@ from llmir_jax.weights import ModelWeights
 from sharding.mesh import TENSOR
 from sharding.step_cost import StepCost
 
+KV_CACHE_BITS = {"int8": 8, "int4": 4}
 NUM_DERIVED = 2
 """Layers that are derived of a model whose layers are alike: one that others follow, and the last."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -128,4 +129,4 @@ def _one_device() -> Placement:
     return Placement.of(mesh)
 
 
-__all__ = ["ModelPlan", "layer_of", "read_config"]
+__all__ = ["KV_CACHE_BITS", "ModelPlan", "layer_of", "read_config"]

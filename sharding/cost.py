@@ -30,6 +30,8 @@ from sharding.topologies import Links, Topology, links
 LAYOUT_AXES = (DATA, PIPELINE, SEQUENCE, TENSOR)
 """Those of a model without experts."""
 WEIGHTS, ATTENTION, HEAD, COLLECTIVES = PARTS = ("weights", "attention", "head", "collectives")
+CHUNK = 512
+"""Tokens of prompts that a step takes at least, while others decode."""
 _FLOAT32 = 4  # bytes: of logits, and of what partial softmaxes are merged in
 
 
@@ -128,7 +130,7 @@ class Memory:
     parameters: int
     cache: int
     activations: int
-    """About: what a step has in memory at once, see `_activations`."""
+    """About: what a step of `CHUNK` tokens or more has in memory at once."""
     capacity: int
 
     @property
@@ -255,7 +257,7 @@ class CostModel:
         return Memory(
             parameters=math.ceil(split.parameter_bytes()),
             cache=math.ceil(seqs * split.layout.pipeline * split.cache_bytes(workload.context)),
-            activations=math.ceil(split.activations(tokens, seqs)),
+            activations=math.ceil(split.activations(max(tokens, CHUNK), seqs)),
             capacity=self.topology.device.memory_bytes,
         )
 
@@ -377,12 +379,12 @@ class _Split:
         counts: dict[tuple[str, int, str], int] = {}
         for parameter, split in self.parts:
             if parameter.gathered_size and split[0] > 1:
-                size = tokens * parameter.gathered_size * self.cost.itemsize
-                key = ("all-reduce", size, "rows of the table")
+                row = parameter.nbytes * parameter.gathered_size / math.prod(parameter.shape)  # as it is stored
+                key = ("all-reduce", round(tokens * row), "rows of the table")
                 counts[key] = counts.get(key, 0) + 1
             if self.is_head(parameter):
                 if math.prod(split) > 1:
-                    key = ("all-gather", rows * parameter.outputs * _FLOAT32, "logits")
+                    key = ("all-gather", rows * parameter.outputs * self.cost.itemsize, "logits")
                     counts[key] = counts.get(key, 0) + 1
             elif parameter.outputs and len(split) == 2 and split[0] > 1:
                 num_rows = tokens if parameter.multiply_adds_per_token else rows

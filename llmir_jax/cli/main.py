@@ -15,6 +15,7 @@ from llmir_jax.cli.bench import bench_command
 from llmir_jax.cli.compile import compile_command
 from llmir_jax.cli.generate import generate_command
 from llmir_jax.cli.options import is_device_error
+from llmir_jax.cli.plan import plan_command
 from llmir_jax.cli.quantize import quantize_command
 from llmir_jax.errors import LlmirError
 
@@ -87,6 +88,7 @@ def llmir() -> None:
 llmir.add_command(generate_command)
 llmir.add_command(compile_command)
 llmir.add_command(quantize_command)
+llmir.add_command(plan_command)
 llmir.add_command(accuracy_command)
 llmir.add_command(bench_command)
 
