@@ -46,7 +46,7 @@ def compile_layers(model: ModelPlan, topology: Topology, layout: Layout) -> Comp
     num_kv_heads = getattr(config, "num_kv_heads", config.num_heads)
 
     def compiled(num_layers: int) -> CompiledProgram:
-        derived = model.derive(num_layers)
+        derived = model.derive(num_layers, model.context)
         return compile_step(derived, mesh, num_heads=config.num_heads, num_kv_heads=num_kv_heads, tokens=model.batch)
 
     if not model.is_uniform or config.num_layers <= NUM_DERIVED:

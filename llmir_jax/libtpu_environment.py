@@ -1,6 +1,7 @@
 """What libtpu is told where there is no TPU: it then compiles, and looks for nothing."""
 
 import os
+import sys
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -15,6 +16,8 @@ ENVIRONMENT = {
 
 
 def prepare() -> None:
-    """For the process, before JAX is imported."""
+    """For the process, before JAX is imported; after it, it would be of no use."""
+    if "jax" in sys.modules:
+        return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

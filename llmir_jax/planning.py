@@ -37,6 +37,7 @@ from sharding.step_cost import StepCost
 KV_CACHE_BITS = {"int8": 8, "int4": 4}
 NUM_DERIVED = 2
 """Layers that are derived of a model whose layers are alike: one that others follow, and the last."""
+SHORT_CONTEXT = 512  # tokens: masks of longer ones take long to evaluate
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -72,7 +73,9 @@ class ModelPlan:
         """Of a step of the whole model. Raises LlmirError for weights that cannot be quantized so."""
         num_layers = self.config.num_layers
         num_derived = min(NUM_DERIVED, num_layers) if self.is_uniform else num_layers
-        derived = self.derive(num_derived)
+        # what a token costs does not depend on how long sequences may be, unless windows are shorter than that
+        is_windowed = isinstance(self.config, LlamaConfig) and any(self.config.windows)
+        derived = self.derive(num_derived, self.context if is_windowed else min(self.context, SHORT_CONTEXT))
         main = main_function(derived.module)
         sizes = [stored_bytes(arg.type) for arg, _ in signature.parameter_paths(main)]
         cost = step_cost(derived.module, sizes, cache_groups_of(main), max_seqs=self.batch)
@@ -83,8 +86,11 @@ class ModelPlan:
         """Whether all layers are alike."""
         return not isinstance(self.config, LlamaConfig) or len(set(self.config.windows)) == 1
 
-    def derive(self, num_layers: int) -> Derived:
-        """The step of the model's first layers, over as many pages as the sequences fill; nothing is partitioned."""
+    def derive(self, num_layers: int, context: int) -> Derived:
+        """The step of the model's first layers, over as many pages as sequences of `context` tokens fill.
+
+        Nothing is partitioned. Raises LlmirError for weights that cannot be quantized as asked.
+        """
         config = self.config
         if isinstance(config, LlamaConfig):
             config = replace(config, num_layers=num_layers, windows=config.windows[:num_layers])
@@ -102,9 +108,9 @@ class ModelPlan:
             trace_at,
             None,
             max_seqs=self.batch,
-            max_seq_len=self.context,
+            max_seq_len=context,
             page_size=self.page_size,
-            num_pages=self.batch * -(-self.context // self.page_size),
+            num_pages=self.batch * -(-context // self.page_size),
             recorder=Recorder(),
             plan_weights=None if self.quantize is None else planner.plan,
             kv_cache_bits=self.kv_cache_bits,

@@ -85,13 +85,14 @@ class SlicePlan:
     def _head(self) -> list[str]:
         chip, decode = self.topology.device, self.decode
         lines = [
-            f"{self.name}: {_model(self.model)}",
+            f"{self.name}",
+            f"  {_model(self.model)}",
             f"{self.topology}, each device with {chip.memory_bytes / GIB:.0f} GiB at "
             f"{chip.memory_bandwidth / 1e9:,.0f} GB/s and {_peak(self.topology) / 1e12:,.0f} TFLOP/s",
             f"layout: {decode.layout}   (--mesh {decode.layout.text})",
         ]
         if self.choice is not None:
-            lines += [f"  why: {self.choice.why}"]
+            lines += [f"  {reason}" for reason in self.choice.reasons]
         return lines
 
     def _memory(self) -> list[str]:
@@ -255,6 +256,7 @@ def _program(program: CompiledProgram) -> dict[str, Any]:
     return {
         "argument_bytes": program.argument_bytes,
         "temporary_bytes": program.temporary_bytes,
+        "flops": program.operations,
         "collectives": [
             {"kind": kind, "bytes": size, "count": count} for (kind, size), count in program.collectives.items()
         ],

@@ -26,17 +26,23 @@ class Choice:
         return self.fitting[0]
 
     @property
-    def why(self) -> str:
-        """In words, why the best one goes before the next, and why the smallest ones are none."""
+    def reasons(self) -> tuple[str, ...]:
+        """In words, why the best one goes before the next, and which ones do not fit."""
         best = self.best
-        said = [f"{best.layout} takes {milliseconds(best.seconds)} a step"]
+        said = [f"{best.layout} takes the least for a step, {milliseconds(best.seconds)}"]
         if len(self.fitting) > 1:
             said.append(_difference(best, self.fitting[1]))
         if self.too_large:
-            nearest = self.too_large[0]
-            need = f"{nearest.memory.total / GIB:.1f} GiB a device"
-            said.append(f"{nearest.layout} would need {need} of {nearest.memory.capacity / GIB:.1f}")
-        return "; ".join(said)
+            nearest, number = self.too_large[0], len(self.too_large)
+            others = f"; {number - 1} more would need more" if number > 1 else ""
+            need = f"{nearest.memory.total / GIB:.1f} GiB a device, which has {nearest.memory.capacity / GIB:.1f}"
+            said.append(f"{nearest.layout} would need {need}{others}")
+        return tuple(said)
+
+    @property
+    def why(self) -> str:
+        """The reasons in one line."""
+        return "; ".join(self.reasons)
 
 
 def choose(model: CostModel, workload: Workload, *, axes: Sequence[str] = LAYOUT_AXES) -> Choice:
@@ -86,7 +92,8 @@ def _difference(best: Estimate, other: Estimate) -> str:
         return f"{other.layout} takes as long"
     less = min(more, key=lambda part: more[part])
     saved = f", and saves {milliseconds(-more[less])} on {less}" if more[less] < 0 else ""
-    return f"{other.layout} {milliseconds(other.seconds)}: it spends {milliseconds(more[name])} more on {name}{saved}"
+    spent = f"it spends {milliseconds(more[name])} more on {name}"
+    return f"{other.layout} takes {milliseconds(other.seconds)}: {spent}{saved}"
 
 
 __all__ = ["Choice", "Layout", "choose", "does_not_fit", "milliseconds"]

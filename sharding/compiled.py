@@ -27,6 +27,8 @@ class CompiledProgram:
     """Of intermediate values at their most."""
     output_bytes: int
     """Of results that are not in the memory of donated arguments."""
+    operations: float
+    """Additions and multiplications, as XLA counts them; in a loop once."""
     collectives: Counter[tuple[str, int]]
     """How many of each kind and size of the result, in bytes; in a loop once. One of several arrays is one."""
 
@@ -38,6 +40,7 @@ class CompiledProgram:
             argument_bytes=memory.argument_size_in_bytes,
             temporary_bytes=memory.temp_size_in_bytes,
             output_bytes=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
+            operations=(compiled.cost_analysis() or {}).get("flops", 0.0),
             collectives=Counter(collectives_in(compiled.as_text())),
         )
 
@@ -57,6 +60,7 @@ class CompiledProgram:
             # a layer's own are free when the next one runs; what grows is kept through all
             temporary_bytes=extended(self.temporary_bytes, next_layer.temporary_bytes),
             output_bytes=extended(self.output_bytes, next_layer.output_bytes),
+            operations=self.operations + more * (next_layer.operations - self.operations),
             collectives=total,
         )
 

@@ -364,12 +364,13 @@ class _Split:
             for cache in cost.caches:
                 num_heads = max(cache.num_heads // layout.tensor, 1)
                 num_layers = math.ceil(cache.num_layers * self.layers)
-                for size, count, what in ((1, 2, "softmax statistics"), (cache.value_dim, 1, "partial attention")):
+                # the largest score of each head, then what is relative to it: weights' sum, and values' sums
+                for size, what in ((1, "largest scores"), (cache.value_dim + 1, "partial attention")):
                     yield Collective(
                         kind="all-reduce",
                         axis=SEQUENCE,
                         nbytes=tokens * num_heads * size * _FLOAT32,
-                        count=count * num_layers,
+                        count=num_layers,
                         what=what,
                     )
         if layout.tensor > 1:
