@@ -3,12 +3,13 @@
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from llmir_jax.analysis.cost import step_cost
@@ -28,6 +29,7 @@ from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
 from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
+from llmir_jax.runtime.replicas import ReplicatedEngine
 from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
@@ -37,7 +39,7 @@ from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model,
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
-from sharding.mesh import PIPELINE, SEQUENCE, TENSOR, sub_meshes
+from sharding.mesh import DATA, PIPELINE, sub_meshes
 from sharding.step_cost import StepCost
 
 STAGES = ("stablehlo", "llm", "target")
@@ -146,7 +148,7 @@ class Decoder:
         Args:
             num_pages: pages of KV cache, for each group of layers that shares a page table.
             page_size: tokens a page.
-            max_seqs: sequences served at once.
+            max_seqs: sequences served at once; on a mesh with `data`, by each copy of the model.
             max_seq_len: tokens of the longest sequence; None for as many as all pages hold.
             buckets: numbers of token rows to compile the step for; None for 1, max_seqs, 64 and 512.
             prefill_chunk: the most tokens of one prompt a step computes.
@@ -184,13 +186,12 @@ class Decoder:
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
         on_mesh = as_mesh(mesh)
-        served = (PIPELINE, SEQUENCE, TENSOR)
-        if on_mesh is not None and (others := [name for name in on_mesh.axis_names if name not in served]):
-            raise LlmirError(f"mesh: a decoder is served over {', '.join(served)}, not over {', '.join(others)}")
-        stages = () if on_mesh is None else sub_meshes(on_mesh, PIPELINE)
-        placement = None if on_mesh is None else Placement.of(stages[0], rules)
-        if len(stages) > 1 and num_processes() > 1:
-            raise LlmirError(f"mesh: pipeline = {len(stages)} is served in one process only, not in {num_processes()}")
+        copies = () if on_mesh is None else tuple(sub_meshes(own, PIPELINE) for own in sub_meshes(on_mesh, DATA))
+        num_stages = len(copies[0]) if copies else 1
+        placement = None if on_mesh is None else Placement.of(copies[0][0], rules)
+        for axis, size in ((DATA, len(copies)), (PIPELINE, num_stages)):
+            if size > 1 and num_processes() > 1:
+                raise LlmirError(f"mesh: {axis} = {size} is served in one process only, not in {num_processes()}")
         if placement is not None:
             watch()
         elif num_processes() > 1:
@@ -245,7 +246,7 @@ class Decoder:
                 # in columns a product is one operation, which XLA can partition
                 target=_layout_target(platform) if placement is None else "tpu",
                 placement=placement,
-                num_stages=max(1, len(stages)),
+                num_stages=num_stages,
             )
             texts["llm"] = derived.text
             return derived
@@ -268,22 +269,25 @@ class Decoder:
         assert facts is not None
         start = time.perf_counter()
         token_buckets = _buckets(buckets, max_seqs, facts.max_seq_len * max_seqs)
-        step: DerivedStep
-        if len(stages) > 1:
-            assert derived is not None
-            step = PipelinedStep(
-                derived,
-                source,
-                meshes=stages,
-                rounding=planner.rounding,
-                max_seqs=max_seqs,
-                buckets=token_buckets,
-                recorder=recorder,
-                notes=planner.notes,
-            )
-        else:
-            step = DerivedStep(
-                derived or derive,
+
+        def make_step(meshes: Sequence[Mesh]) -> DerivedStep:
+            if len(meshes) > 1:
+                assert derived is not None
+                return PipelinedStep(
+                    derived,
+                    source,
+                    meshes=meshes,
+                    rounding=planner.rounding,
+                    max_seqs=max_seqs,
+                    buckets=token_buckets,
+                    recorder=recorder,
+                    notes=planner.notes,
+                )
+            own = derived
+            if meshes and derived is not None and derived.placement is not None:
+                own = replace(derived, placement=derived.placement.on(meshes[0]))
+            return DerivedStep(
+                own or derive,
                 source,
                 rounding=planner.rounding,
                 max_seqs=max_seqs,
@@ -295,19 +299,24 @@ class Decoder:
                 record=record,
                 placement=placement,
             )
+
+        step, *others = [make_step(meshes) for meshes in copies or ((),)]
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
-        engine = Engine(
-            step,
-            tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids,
-            prefill_chunk=prefill_chunk,
+        options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "eos_token_ids": eos_token_ids,
+            "prefill_chunk": prefill_chunk,
             # processes that time their steps themselves would choose differently; stages are no one program
-            burst=burst if len(stages) < 2 and (placement is None or num_processes() == 1) else 0.0,
-            placement=step.placement,
-            draw_seed=shared_seeds() if placement is not None else lambda: secrets.randbits(32),
-        )
+            "burst": burst if num_stages == 1 and (placement is None or num_processes() == 1) else 0.0,
+            "draw_seed": shared_seeds() if placement is not None else lambda: secrets.randbits(32),
+        }
+        if others:
+            every = (step, *others)
+            engine: Engine = ReplicatedEngine(every, [own.placement for own in every], **options)
+        else:
+            engine = Engine(step, placement=step.placement, **options)
         decoder = cls(
             step=step,
             engine=engine,
@@ -320,7 +329,8 @@ class Decoder:
             stored=stored if is_pure[0] else None,
             cache=cache,
         )
-        del derived, facts  # the step has them for as long as it needs to
+        del facts, others  # the step has what it needs for as long as it needs to
+        derived = None
         if verify:
             decoder._check = decoder._self_check(seed)
             give_back()
@@ -490,11 +500,13 @@ class Decoder:
         return f"{reference} (no kernels of its own were asked for)"
 
     def _stages(self) -> str:
-        stages = getattr(self._step, "stages", ())
-        if not stages:
-            return ""
-        layers = [sum(group.num_layers for group in stage.cache_groups) for stage in stages]
-        return f" for each of {len(stages)} stages of {', '.join(map(str, layers))} layers"
+        text = ""
+        if isinstance(self._step, PipelinedStep):
+            layers = [sum(group.num_layers for group in stage.cache_groups) for stage in self._step.stages]
+            text = f" for each of {len(layers)} stages of {', '.join(map(str, layers))} layers"
+        if self._engine.num_replicas > 1:
+            text += f", and {self._engine.num_replicas} of these for copies of the model"
+        return text
 
     def cost(self) -> StepCost:
         """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""

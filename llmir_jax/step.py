@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
 from xdsl.dialects.func import FuncOp
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, BlockArgument
 
 from llmir_jax.analysis.align import main_function, module_length
+from llmir_jax.checkpoint.source import ParameterSource
 from llmir_jax.dense import element_dtype
 from llmir_jax.dense_parameters import Stored, stored_array
 from llmir_jax.derive import Derived
@@ -120,9 +123,11 @@ class DerivedStep:
         self._arrangement = record.native.arrangement
         self.weights: tuple[Weight, ...]
         self.params: tuple[jax.Array | QuantizedArray, ...]
-        weights = fill(record.main, record.plan, source, rounding)
-        if self.placement is not None:
-            weights = self._placed(weights, self.placement)
+        if self.placement is None:
+            weights = fill(record.main, record.plan, source, rounding)
+        else:
+            read = partial(self._read_parts, source, self.placement)
+            weights = self._placed(fill(record.main, record.plan, source, rounding, read), self.placement)
         if self._arrangement is not None:
             self._pack(self._arrangement, weights)
         else:
@@ -161,12 +166,31 @@ class DerivedStep:
         derived = self._derive()
         return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
 
+    def _read_parts(
+        self, source: WeightSource, placement: Placement, arg: BlockArgument, path: str
+    ) -> jax.Array | None:
+        """A parameter of a checkpoint where it lives, of which this process reads what its devices have."""
+        reader = source.part_reader(path) if isinstance(source, ParameterSource) else None
+        spec, kind = of_argument(self._attributes[arg.index]), arg.type
+        if reader is None or spec is None or not isinstance(kind, TensorType) or not kind.get_shape():
+            return None
+        shape: tuple[int, ...] = kind.get_shape()
+
+        def read(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+            return reader((slice(None),) * len(shape) if index is None else index)
+
+        return jax.make_array_from_callback(shape, placement.sharding(spec), read)
+
     def _placed(self, weights: Iterator[Weight], placement: Placement) -> Iterator[Weight]:
         """The weights, each where it lives, one at a time."""
         for (arg, _), weight in zip(signature.parameter_paths(main_function(self.record.main)), weights, strict=True):
             leaves, structure = jax.tree.flatten(weight.value)
             spec = of_argument(self._attributes[arg.index])
             assert spec is not None, f"{weight.path} is not partitioned"
+            where = leaves[0].sharding
+            if isinstance(where, NamedSharding) and where.mesh == placement.mesh:
+                yield weight  # it was read there
+                continue
             placed = [placement.put(leaf, own) for leaf, (_, own) in zip(leaves, parts_of(arg.type, spec), strict=True)]
             yield replace(weight, value=jax.tree.unflatten(structure, placed))
 

@@ -4,8 +4,8 @@
 
 A rule is a regular expression for one or several whole components of a path, in a row and anywhere in it; "/" and "."
 both separate components. Its spec has a mesh axis, several or None for each of the last dimensions of the parameter;
-dimensions before them, such as those of stacked layers, are not split. The first rule that matches decides, and what no
-rule matches is on every device.
+dimensions before them, such as those of stacked layers, are not split. The first rule that matches decides, of the
+defaults the first that matches and divides; what no rule matches is on every device.
 
 The defaults cut matrices in pairs, columns first and then rows, so that each pair needs one all-reduce (Megatron-LM,
 https://arxiv.org/abs/1909.08053), and tables and heads along the vocabulary.
@@ -59,7 +59,9 @@ _HEADS = ("head", "lm_head", "logits", "output")
 _WEIGHT = "(kernel|w)"
 
 DEFAULT_RULES = (
-    # mixtures of experts, whose matrices are stacked: [experts, inputs, outputs]
+    # mixtures of experts, whose matrices are stacked, [experts, inputs, outputs]: whole experts where that can be, as a
+    # product that sums over experts and channels is one over both together, of which only the outer can be split
+    Rule(pattern="experts/.*", spec=((EXPERT, TENSOR), None, None), is_default=True),
     Rule(pattern="experts/.*(down|w2|wo)(/kernel)?", spec=(EXPERT, TENSOR, None), is_default=True),
     Rule(pattern="experts/.*(gate|up|w1|w3|wi)(/kernel)?", spec=(EXPERT, None, TENSOR), is_default=True),
     # columns: heads, and the channels of the MLP
@@ -107,10 +109,23 @@ def partition_spec(
         ShardingError: a rule that names an axis the mesh does not have, has more dimensions than the parameter, or
             splits a dimension that its axes do not divide.
     """
-    rule = next((rule for rule in rules if rule.matches(path)), None)
-    if rule is None:
+    matching = [rule for rule in rules if rule.matches(path)]
+    if not matching:
         return PartitionSpec()
-    return spec_of(rule, path, shape, mesh)
+    if matching[0].is_default:
+        matching = [rule for rule in matching if _divides(rule, shape, mesh)] or matching
+    return spec_of(matching[0], path, shape, mesh)
+
+
+def _divides(rule: Rule, shape: Sequence[int], mesh: AnyMesh) -> bool:
+    """Whether a default rule splits all that it wants to, of the axes that the mesh has."""
+    if len(rule.spec) > len(shape):
+        return False
+    sizes = dict(mesh.shape)
+    for size, axis in zip(shape[len(shape) - len(rule.spec) :], rule.spec, strict=True):
+        if size % prod(sizes.get(name, 1) for each in _names(axis) for name in _on(mesh, each)):
+            return False
+    return True
 
 
 def spec_of(rule: Rule, path: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:

@@ -37,6 +37,23 @@ class EngineStats:
     pages_used: tuple[int, ...]
 
 
+def make_scheduler(model: StepModel, prefill_chunk: int | None) -> Scheduler:
+    """Of the requests and pages of a model; see `Engine`."""
+    return Scheduler(
+        groups=model.cache_groups,
+        max_seqs=model.max_seqs,
+        max_seq_len=model.max_seq_len,
+        buckets=model.buckets,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def make_runner(model: StepModel, scheduler: Scheduler, burst: float, placement: Placement | None) -> Runner:
+    """What runs a model's schedules on its devices; see `Engine`."""
+    kind: type[Runner] = PipelineRunner if isinstance(model, PipelinedModel) else Runner
+    return kind(model, scheduler.pages, has_bursts=burst > 0, placement=placement)
+
+
 class Engine:
     """Serves generation requests with a paged KV cache: many at once, in one flat batch a step.
 
@@ -81,15 +98,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_waiting = max_waiting
-        self._scheduler = Scheduler(
-            groups=model.cache_groups,
-            max_seqs=model.max_seqs,
-            max_seq_len=model.max_seq_len,
-            buckets=model.buckets,
-            prefill_chunk=prefill_chunk,
-        )
-        runner: type[Runner] = PipelineRunner if isinstance(model, PipelinedModel) else Runner
-        self._runner = runner(model, self._scheduler.pages, has_bursts=burst > 0, placement=placement)
+        self._scheduler = make_scheduler(model, prefill_chunk)
+        self._runner = make_runner(model, self._scheduler, burst, placement)
         self._next_id = 0
         self._live: dict[int, Request] = {}  # neither finished nor cancelled
         self._readers: dict[int, UpdateReader] = {}  # of the requests that `step` reports on
@@ -219,6 +229,11 @@ class Engine:
     def compilations(self) -> tuple[Compilation, ...]:
         """Every program compiled so far."""
         return tuple(self._runner.compilations)
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model, each with `max_seqs` requests at once."""
+        return 1
 
     def stats(self) -> EngineStats:
         groups = self._scheduler.pages.groups

@@ -7,7 +7,8 @@
 
 Queries, keys, values and what attention gives are split by heads. What a matrix that is split along its inputs gives,
 and rows of a table that is split along the vocabulary, are made whole again: these are the all-reduces of tensor
-parallelism, one for attention and one for the MLP of each layer. All else follows from these and from where parameters
+parallelism, one for attention and one for the MLP of each layer. What a matrix gives that is whole on every device is
+whole too, such as what the router of a mixture of experts gives. All else follows from these and from where parameters
 and the cache live, and is left to Shardy (https://openxla.org/shardy). Runs after ``model-partitioning`` and
 ``kv-cache-sharding``, on the step for a number of tokens, right before it is lowered.
 """
@@ -66,7 +67,7 @@ class _Insertion:
         elif isinstance(op, stablehlo.GatherOp):
             weight = op.operand
         spec = None if weight is None else self.of_weight(weight)
-        if spec is None or not spec[axis]:
+        if spec is None or (any(spec) and not spec[axis]):
             return None
         return ((),) * len(shape_of(op.results[0]))
 

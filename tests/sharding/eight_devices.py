@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["LLMIR_NO_CACHE"] = "1"
 
 import jax
+import tiny_experts
 from tiny_llama import PROMPTS, forward, make_model
 
 import llmir_jax as llmir
@@ -32,21 +33,28 @@ def collectives(decoder: Any) -> dict[str, Counter[str]]:
     for line in text.splitlines():
         match = re.search(rf" ({COLLECTIVES})(-start)?\(", line)
         if match:
-            where = re.search(r'op_name="[^"]*\((\w+)\.__call__\)', line)
+            where = re.search(r'op_name="[^"]*py:\d+ \((\w+)[.)]', line)
             found.setdefault(where[1] if where else "", Counter())[match[1]] += 1
     return found
 
 
+def shards(decoder: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of the part of each weight of floats that a device has, by path."""
+    values = {weight.path: weight.value for weight in decoder._step.weights if isinstance(weight.value, jax.Array)}
+    return {path: value.sharding.shard_shape(value.shape) for path, value in values.items()}
+
+
 def main() -> None:
     cases = json.loads(sys.argv[1])
-    model = make_model()
+    models = {"llama": (forward, make_model()), "experts": (tiny_experts.forward, tiny_experts.make_params())}
     alone: dict[str, list[list[int]]] = {}
     results = []
     for axes, options in cases:
         key = repr(sorted(options.items()))
-        jitted = llmir.jit(forward)
+        fn, model = models[options.pop("model", "llama")]
+        jitted = llmir.jit(fn)
         if key not in alone:
-            alone[key] = jitted.decoder(model, target="reference", **OPTIONS, **options).generate(
+            alone[key] = jitted.decoder(model, target="reference", verify=False, **OPTIONS, **options).generate(
                 PROMPTS, llmir.SamplingParams(max_tokens=10)
             )
         sizes = parse_axes(axes)
@@ -54,7 +62,8 @@ def main() -> None:
         for size in sizes.values():
             num_devices *= size
         mesh = make_mesh(sizes, devices=jax.devices()[:num_devices])
-        decoder = jitted.decoder(model, mesh=mesh, **OPTIONS, **options)
+        verify = axes in ("tensor=2", "pipeline=2")
+        decoder = jitted.decoder(model, mesh=mesh, verify=verify, **OPTIONS, **options)
         tokens = decoder.generate(PROMPTS, llmir.SamplingParams(max_tokens=10))
         sampled = None
         if axes in ("tensor=2", "tensor=4,sequence=2") and not options:
@@ -65,9 +74,10 @@ def main() -> None:
                 "tokens": tokens,
                 "alone": alone[key],
                 "sampled": sampled,
-                "collectives": {} if "pipeline" in axes else collectives(decoder),
+                "collectives": {} if "pipeline" in axes or "data" in axes else collectives(decoder),
                 "report": str(decoder.report()),
                 "shard": leaf.sharding.shard_shape(leaf.shape),
+                "shards": shards(decoder),
                 "bytes": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(decoder._step.params)),
             }
         )

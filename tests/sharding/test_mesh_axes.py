@@ -91,7 +91,9 @@ MESH = AbstractMesh((2, 4), ("expert", "tensor"))
         ("layers.0.mlp.down.kernel", (128, 64), ("tensor",)),
         ("layers/mlp/up/kernel", (30, 64, 128), (None, None, "tensor")),  # stacked layers
         ("model.layers.3.self_attn.q_proj.kernel", (64, 128), (None, "tensor")),
-        ("layers.0.moe.experts.up.kernel", (8, 64, 128), ("expert", None, "tensor")),
+        ("layers.0.moe.experts.up.kernel", (8, 64, 128), (("expert", "tensor"),)),
+        ("layers.0.moe.experts.up.kernel", (6, 64, 128), ("expert", None, "tensor")),  # 6 experts over 2 devices, not 8
+        ("layers.0.moe.experts.down.kernel", (6, 128, 64), ("expert", "tensor")),
         ("embed.embedding", (1000, 64), ("tensor",)),
         ("embed.embedding", (1001, 64), ()),  # a default splits what it can
         ("head.kernel", (64, 1000), (None, "tensor")),

@@ -26,6 +26,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor 8, int8": ("tensor=8", {"quantize": "int8-g16"}),
     "pipeline 2": ("pipeline=2", {}),
     "pipeline 3, tensor 2, int8": ("pipeline=3,tensor=2", {"quantize": "int8-g16"}),
+    "data 2, tensor 2": ("data=2,tensor=2", {}),
+    "experts over 2, tensor 2": ("expert=2,tensor=2", {"model": "experts"}),
     "pipeline 2, tensor 2, sequence 2": ("pipeline=2,tensor=2,sequence=2", {}),
 }
 
@@ -87,6 +89,22 @@ def test_stages_have_their_own_layers(results: dict[str, Any]):
     report = results["pipeline 2"]["report"]
     assert "for each of 2 stages of 2, 1 layers" in report
     assert "self-check: passed" in report
+
+
+@pytest.mark.multidevice
+def test_copies_of_the_model_share_the_requests(results: dict[str, Any]):
+    assert "and 2 of these for copies of the model" in results["data 2, tensor 2"]["report"]
+    assert results["data 2, tensor 2"]["tokens"] == results["tensor 2"]["tokens"]
+
+
+@pytest.mark.multidevice
+def test_experts_are_split_and_summed_with_one_all_reduce_a_layer(results: dict[str, Any]):
+    result = results["experts over 2, tensor 2"]
+    # [experts 4, inputs 32, channels 48]: an expert a device
+    assert result["shards"]["layers.0.experts.up"] == [1, 32, 48]
+    assert result["shards"]["layers.0.experts.down"] == [1, 48, 32]
+    # in each of 2 layers the sum, and of the router's softmax, a number for each token, the largest and the total
+    assert result["collectives"]["mixture"] == {"all-reduce": 2 * 3}
 
 
 def test_layers_are_shared_out_and_the_last_stage_has_fewer():
