@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from llmir_jax.analysis.cost import step_cost
+from llmir_jax.auto_mesh import AUTO, ChosenMesh, choose_mesh
 from llmir_jax.calibrate import Planner
 from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
@@ -24,7 +26,7 @@ from llmir_jax.pipelined_step import PipelinedStep
 from llmir_jax.placement import MeshOption, Placement, as_mesh
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.processes import num_processes, shared_seeds, watch
-from llmir_jax.quantization import Calibration, Quantize
+from llmir_jax.quantization import Calibration, MixedPrecision, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -82,6 +84,42 @@ def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[i
             raise LlmirError("decoder: buckets must not be empty; leave it out for the default")
         return tuple(sorted({*buckets, max(max_seqs, *buckets)}))
     return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
+
+
+def _derive_alone(
+    forward: Callable[[Any, jax.Array], jax.Array],
+    model: Any,
+    quantize: Quantize,
+    max_seq_len: int | None,
+    placement: Placement,
+    *,
+    max_seqs: int,
+    page_size: int,
+    num_pages: int,
+    kv_cache: str | None,
+) -> Derived:
+    """The step on one device, from shapes alone, for its cost."""
+    if isinstance(quantize, MixedPrecision):
+        raise LlmirError("mesh='auto' takes quantize as a scheme or rules, not mixed precision: give the axes")
+    shapes = ModelWeights([p.path for p in flatten_forward(forward, model).params], flatten_params(model))
+
+    def trace_at(length: int) -> Traced:
+        return trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
+
+    planner = Planner(quantize, shapes, trace_at=trace_at, target="reference")
+    return derive_step(
+        trace_at,
+        None,
+        max_seqs=max_seqs,
+        max_seq_len=min(max_seq_len or num_pages * page_size, num_pages * page_size),
+        page_size=page_size,
+        num_pages=num_pages,
+        recorder=Recorder(),
+        plan_weights=None if quantize is None else planner.plan,
+        kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
+        target="tpu",
+        placement=placement,
+    )
 
 
 class Decoder:
@@ -166,7 +204,8 @@ class Decoder:
             burst: seconds that the tokens of one call of the device may take while all requests decode, so that they
                 come several at a time; 0 for one at a time. No token depends on it.
             mesh: devices to share the work: a `jax.sharding.Mesh` with axes of `sharding.AXES`, or their sizes such as
-                "tensor=3,sequence=2". None for one device. No token depends on it, but for ties to the last bits.
+                "tensor=3,sequence=2", or "auto" for the layout whose steps take the least time by the cost model (see
+                `llmir_jax.auto_mesh`). None for one device. No token depends on it, but for ties to the last bits.
             rules: on a mesh, where parameters live: by the path, an axis or None for each of the last dimensions, such
                 as {"mlp/up/kernel": (None, "tensor")}; before those of `sharding.DEFAULT_RULES`.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
@@ -185,6 +224,22 @@ class Decoder:
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target)
+        chosen: ChosenMesh | None = None
+        if mesh == AUTO:
+            derive_alone = partial(
+                _derive_alone,
+                forward,
+                model,
+                quantize,
+                max_seq_len,
+                max_seqs=max_seqs,
+                page_size=page_size,
+                num_pages=num_pages,
+                kv_cache=kv_cache,
+            )
+            context = min(max_seq_len or num_pages * page_size, num_pages * page_size // max_seqs or 1)
+            chosen = choose_mesh(derive_alone, max_seqs=max_seqs, context=context, rules=rules)
+            mesh = chosen.axes
         on_mesh = as_mesh(mesh)
         copies = () if on_mesh is None else tuple(sub_meshes(own, PIPELINE) for own in sub_meshes(on_mesh, DATA))
         num_stages = len(copies[0]) if copies else 1
@@ -227,6 +282,8 @@ class Decoder:
             encode=getattr(tokenizer, "encode", None),
             target="cpu" if native else "reference",
         )
+
+        notes = [*planner.notes, *([] if chosen is None else [f"mesh: auto: {chosen.why}"])]
 
         def parameter_values() -> LazyArrays:
             is_pure[0] = False
@@ -281,7 +338,7 @@ class Decoder:
                     max_seqs=max_seqs,
                     buckets=token_buckets,
                     recorder=recorder,
-                    notes=planner.notes,
+                    notes=notes,
                 )
             own = derived
             if meshes and derived is not None and derived.placement is not None:
@@ -294,7 +351,7 @@ class Decoder:
                 buckets=token_buckets,
                 recorder=recorder,
                 native=native,
-                notes=planner.notes,
+                notes=notes,
                 stored=stored if is_pure[0] else None,
                 record=record,
                 placement=placement,

@@ -20,7 +20,7 @@ from sharding.rules import Rule, parse_rules
 
 T = TypeVar("T")
 MeshOption = Mesh | str | Mapping[str, int] | None
-"""What the option `mesh` takes: a mesh, "tensor=3,pipeline=2", or {"tensor": 3, "pipeline": 2}."""
+"""What the option `mesh` takes: a mesh, "tensor=3,pipeline=2", {"tensor": 3, "pipeline": 2}, or "auto"."""
 
 
 def as_mesh(option: MeshOption) -> Mesh | None:
@@ -40,7 +40,7 @@ def as_mesh(option: MeshOption) -> Mesh | None:
 
 def check_mesh(option: MeshOption) -> dict[str, int] | None:
     """Sizes by axis of the mesh that is meant. Raises LlmirError for axes that do not exist."""
-    if option is None:
+    if option is None or option == "auto":  # which `auto_mesh` decides later
         return None
     if not isinstance(option, Mesh | str | Mapping):
         raise LlmirError(f"mesh: expected a jax.sharding.Mesh, axes such as 'tensor=3', or None, got {option!r}")

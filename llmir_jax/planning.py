@@ -12,11 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh
 
-from llmir_jax.analysis.align import main_function
-from llmir_jax.analysis.cost import step_cost
+from llmir_jax.auto_mesh import cost_of, one_device
 from llmir_jax.calibrate import Planner
 from llmir_jax.checkpoint.assemble import ModelConfig, abstract_model
 from llmir_jax.checkpoint.hf_config import read_hf_config
@@ -24,14 +21,9 @@ from llmir_jax.checkpoint.safetensors import read_json
 from llmir_jax.derive import Derived
 from llmir_jax.models.llama import LlamaConfig
 from llmir_jax.pipeline import Recorder, derive_step
-from llmir_jax.placement import Placement
 from llmir_jax.quantization import Quantize
-from llmir_jax.step import cache_groups_of
 from llmir_jax.trace import Traced, flatten_model, trace
-from llmir_jax.transforms import signature
-from llmir_jax.transforms.memory_planning import stored_bytes
 from llmir_jax.weights import ModelWeights
-from sharding.mesh import TENSOR
 from sharding.step_cost import StepCost
 
 KV_CACHE_BITS = {"int8": 8, "int4": 4}
@@ -76,9 +68,7 @@ class ModelPlan:
         # what a token costs does not depend on how long sequences may be, unless windows are shorter than that
         is_windowed = isinstance(self.config, LlamaConfig) and any(self.config.windows)
         derived = self.derive(num_derived, self.context if is_windowed else min(self.context, SHORT_CONTEXT))
-        main = main_function(derived.module)
-        sizes = [stored_bytes(arg.type) for arg, _ in signature.parameter_paths(main)]
-        cost = step_cost(derived.module, sizes, cache_groups_of(main), max_seqs=self.batch)
+        cost = cost_of(derived, self.batch)
         return cost.with_layers(num_layers, of=num_derived, layer_of=layer_of)
 
     @property
@@ -115,7 +105,7 @@ class ModelPlan:
             plan_weights=None if self.quantize is None else planner.plan,
             kv_cache_bits=self.kv_cache_bits,
             target="tpu",
-            placement=_one_device(),
+            placement=one_device(),
         )
 
 
@@ -127,12 +117,6 @@ def layer_of(path: str) -> int | None:
 
 def _forward(model: Any, tokens: jax.Array) -> Any:
     return model(tokens)
-
-
-def _one_device() -> Placement:
-    """What a step that is to be partitioned is derived for: its matrices stay apart."""
-    mesh = Mesh(np.array(jax.devices("cpu")[:1]), (TENSOR,), axis_types=(AxisType.Auto,))
-    return Placement.of(mesh)
 
 
 __all__ = ["KV_CACHE_BITS", "ModelPlan", "layer_of", "read_config"]

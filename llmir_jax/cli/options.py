@@ -75,13 +75,13 @@ mesh_option = click.option(
     "--mesh",
     metavar="AXES",
     callback=lambda ctx, param, value: _checked_mesh(value),
-    help="Devices to share the work: tensor=4, or tensor=3,sequence=2 …; of all processes together.",
+    help="Devices to share the work: auto, tensor=4, or tensor=3,sequence=2 …; of all processes together.",
 )
 
 
 def _checked_mesh(value: str | None) -> str | None:
-    if value is None:
-        return None
+    if value in (None, "auto"):
+        return value
     from sharding.errors import ShardingError  # here, since --help needs no JAX
     from sharding.mesh import parse_axes
 

@@ -87,7 +87,7 @@ def plan_command(
             planned,
             found,
             name=model,
-            axes=None if mesh is None else parse_axes(mesh),
+            axes=None if mesh in (None, "auto") else parse_axes(mesh),
             compare=compare,
             compile_it=not no_compile,
         )
