@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
 from llmir_jax.runtime.replicas import ReplicatedEngine
 from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
+from llmir_jax.runtime.snapshots import Snapshots
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
@@ -422,9 +424,16 @@ class Decoder:
         self,
         prompts: Sequence[ArrayLike],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        snapshots: str | Path | None = None,
     ) -> list[RequestOutput]:
-        """As `generate`, with text, log-probabilities and reasons."""
-        return self._engine.generate(prompts, params)
+        """As `generate`, with text, log-probabilities and reasons.
+
+        `snapshots` is a folder, on a file system that all processes see, where how far the requests are is kept while
+        they are computed: after a restart the same call goes on from there. It is empty when they have ended. Raises
+        CheckpointError if it has those of other requests.
+        """
+        return self._engine.generate(prompts, params, snapshots=None if snapshots is None else Snapshots(snapshots))
 
     def stream(self, prompt: ArrayLike, params: SamplingParams | None = None) -> Iterator[RequestUpdate]:
         """The answer to one prompt, as it comes. Closing the iterator frees its pages."""

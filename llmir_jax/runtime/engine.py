@@ -23,6 +23,7 @@ from llmir_jax.runtime.request import Finish, Request, UpdateReader
 from llmir_jax.runtime.runner import Compilation, NextToken, Runner
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.scheduler import Schedule, Scheduler
+from llmir_jax.runtime.snapshots import Snapshots
 from llmir_jax.runtime.text import Tokenizer
 
 
@@ -107,24 +108,36 @@ class Engine:
     # All at once
 
     def generate(
-        self, prompts: Sequence[ArrayLike], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[ArrayLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        snapshots: Snapshots | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt and return the outputs in the prompts' order.
 
         Args:
             prompts: a list of token ids for each request.
             params: for all requests, or one for each; None for the defaults (greedy).
+            snapshots: where to go on from, if a call with these arguments was cut off, and where to keep how far it is.
 
         Raises:
+            CheckpointError: the snapshots are of other requests.
             RequestError: a prompt is empty, has ids outside the vocabulary, or is too long with its max_tokens.
             OutOfPagesError: a request would not fit an empty cache.
         """
         requests = self._make_requests(prompts, params)
+        if snapshots is not None:
+            snapshots.restore(requests)
         try:
-            self._add(requests)
+            self._add([request for request in requests if request.finish is None])
             while any(request.finish is None for request in requests):
                 self._advance()
                 _raise_errors(requests)
+                if snapshots is not None:
+                    snapshots.take(requests)
+            if snapshots is not None:
+                snapshots.finish()
         finally:
             self._cancel(requests)
         return [request.output() for request in requests]
