@@ -26,7 +26,7 @@ from llmir_jax.errors import LlmirError
 @click.option(
     "--page-size", type=options.COUNT, default=options.PAGE_SIZE, show_default=True, help="Tokens a page of KV cache."
 )
-@options.mesh_option
+@click.option("--mesh", metavar="AXES", help="This layout: tensor=16, or sequence=2,tensor=8 …  [default: the best]")
 @click.option("--compare", is_flag=True, help="Rank all layouts.")
 @click.option("--no-compile", is_flag=True, help="Estimate only, even where XLA can compile for the slice.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, in bytes and seconds.")
@@ -64,6 +64,7 @@ def plan_command(
 
     try:
         found = topology(slice_name)
+        axes = None if mesh is None else parse_axes(mesh)
     except ShardingError as error:
         raise click.UsageError(f"--{error}") from None
     config = read_config(model)
@@ -87,7 +88,7 @@ def plan_command(
             planned,
             found,
             name=model,
-            axes=None if mesh in (None, "auto") else parse_axes(mesh),
+            axes=axes,
             compare=compare,
             compile_it=not no_compile,
         )
