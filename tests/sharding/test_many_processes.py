@@ -50,7 +50,9 @@ def alone() -> list[list[int]]:
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize(("count", "axes"), [(2, "tensor=8"), (4, "tensor=4,sequence=2")])
+@pytest.mark.parametrize(
+    ("count", "axes"), [(2, "tensor=8"), pytest.param(4, "tensor=4,sequence=2", marks=pytest.mark.slow)]
+)
 def test_tokens_are_those_of_one_device(alone: list[list[int]], count: int, axes: str):
     running = start(count, axes)
     ends = [process.communicate(timeout=240) for process in running]
