@@ -1,0 +1,7 @@
+"""Products with weights of int4 and int8, symmetric or not, per channel or in groups."""
+
+from pallas_kernels.quantized_matmul.api import UnsupportedError, quantized_matmul, unsupported_reason
+from pallas_kernels.quantized_matmul.tpu import TpuTiles
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+
+__all__ = ["QuantizedWeight", "TpuTiles", "UnsupportedError", "quantized_matmul", "unsupported_reason"]
