@@ -1,7 +1,7 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +31,10 @@ from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
+from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
+from pallas_kernels.chips import chip_of
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -49,9 +51,13 @@ def _check_sizes(**sizes: int) -> None:
             raise LlmirError(f"decoder: {name} must be a whole number of at least 1, got {value!r}")
 
 
-def _check_target(target: str | None) -> str:
+def _check_target(target: str | None, interpret: bool) -> str:
     """The platform that the decoder runs on."""
     platform = jax.default_backend()
+    if interpret and target != "tpu":
+        raise LlmirError(f"decoder: interpret=True is of the kernels of target='tpu', got target={target!r}")
+    if interpret:
+        return platform
     if target not in (None, "reference", platform) and not (target == "gpu" and platform in ("cuda", "rocm")):
         raise LlmirError(
             f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
@@ -59,11 +65,22 @@ def _check_target(target: str | None) -> str:
     return platform
 
 
-def _layout_target(platform: str) -> str:
+def _layout_target(platform: str, target: str | None) -> str:
     """The target that quantized weights are laid out for."""
+    if target == "tpu":
+        return target
     if platform in ("cuda", "rocm"):
         return "gpu"
     return platform if platform in LAYOUTS else "reference"
+
+
+def _kernel_text(kernel: str, reference: str, count: int, reasons: Mapping[str, int]) -> str:
+    """What serves so many operations, and why not the kernel where not."""
+    if not reasons:
+        return kernel
+    others = [f"{number} by {reference}: {reason}" for reason, number in reasons.items()]
+    served = count - sum(reasons.values())
+    return "; ".join([f"{served} by {kernel}", *others] if served else others)
 
 
 def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
@@ -125,6 +142,7 @@ class Decoder:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] | None = None,
         target: str | None = None,
+        interpret: bool = False,
         quantize: Quantize = None,
         calibration: Calibration | None = None,
         kv_cache: str | None = None,
@@ -146,7 +164,10 @@ class Decoder:
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is. On a
-                CPU the step is native code where it can be; the report says why not where it is not.
+                CPU the step is native code where it can be, on a TPU kernels are called; the report says why not where
+                it is not so.
+            interpret: with target="tpu", run its kernels interpreted on the platform there is: slow, to check what a
+                TPU would compute.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
                 `llmir_jax.quantization.rules`), or `MixedPrecision`.
             calibration: text that is run through the model, to round weights by what it shows and to find static scales
@@ -170,7 +191,7 @@ class Decoder:
             _check_sizes(max_seq_len=max_seq_len)
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
-        platform = _check_target(target)
+        platform = _check_target(target, interpret)
         native = platform == "cpu" and target in (None, "cpu")
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
@@ -213,7 +234,7 @@ class Decoder:
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
                 kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
-                target=_layout_target(platform),
+                target=_layout_target(platform, target),
             )
             texts["llm"] = derived.text
             return derived
@@ -222,7 +243,7 @@ class Decoder:
         stored: StoredStep | None = None
         if cache is not None and program is not None and calibration is None and not source.activation_scales:
             sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
-            target_key = (platform, _layout_target(platform), native)
+            target_key = (platform, _layout_target(platform, target), native)
             weights_key = (source.matrices, source.stored)
             stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
         record = None if stored is None else stored.record()
@@ -233,18 +254,24 @@ class Decoder:
             give_back()  # what tracing and the passes have left
         facts = record or derived
         assert facts is not None
+        sizes_of_steps = _buckets(buckets, max_seqs, facts.max_seq_len * max_seqs)
+        tpu: LowerToTpuPass | None = None
+        if target == "tpu" or (target is None and platform == "tpu"):
+            chip = chip_of(jax.devices()[0]).name if platform == "tpu" else LowerToTpuPass.chip
+            tpu = LowerToTpuPass(max_tokens=sizes_of_steps[-1], interpret=interpret, chip=chip)
         start = time.perf_counter()
         step = DerivedStep(
             derived or derive,
             source,
             rounding=planner.rounding,
             max_seqs=max_seqs,
-            buckets=_buckets(buckets, max_seqs, facts.max_seq_len * max_seqs),
+            buckets=sizes_of_steps,
             recorder=recorder,
             native=native,
             notes=planner.notes,
             stored=stored if is_pure[0] else None,
             record=record,
+            tpu=tpu,
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
@@ -417,6 +444,17 @@ class Decoder:
         for name, those in in_xla.items():
             between = f"XLA, between calls of native code ({those})"
             found[name] = between if those.count >= counts.get(name, 0) else f"{server}; some by {between}"
+        tpu = self._step.tpu
+        if tpu is None:
+            return found
+        where = f"{'interpreted' if tpu.interpret else 'compiled'} for {self._platform}"
+        attention = f"the Pallas kernel of ragged paged attention, {where}: writes and attends in one"
+        kernels = {"llm.attend_pages": attention, "llm.write_pages": attention}
+        kernels["llm.quantized_matmul"] = f"the Pallas kernel of quantized matmul, {where}"
+        for name, kernel in kernels.items():
+            if name in found:
+                reasons = self._step.unserved.get("llm.attend_pages" if name == "llm.write_pages" else name, {})
+                found[name] = _kernel_text(kernel, server, counts[name], reasons)
         return found
 
     def _server(self) -> str:
@@ -429,6 +467,8 @@ class Decoder:
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
         if self._step.not_native:
             return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
+        if self._step.tpu is not None:
+            return reference
         return f"{reference} (no kernels of its own were asked for)"
 
     def cost(self) -> StepCost:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, BlockArgument
 
 from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.dense import element_dtype
@@ -22,9 +22,11 @@ from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.step_record import NativeParts, StepRecord
 from llmir_jax.stored_step import StoredStep
+from llmir_jax.targets.tpu import find_attention, served_pages
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
+from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass, Unserved
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class DerivedStep:
         notes: Sequence[str] = (),
         stored: StoredStep | None = None,
         record: StepRecord | None = None,
+        tpu: LowerToTpuPass | None = None,
     ):
         """
         Args:
@@ -60,10 +63,13 @@ class DerivedStep:
             notes: for the report, before the derivation's own.
             stored: where the step is kept on disk, if it is.
             record: of the step, if it was found there.
+            tpu: lowers it to a TPU's kernels, where they serve it.
         """
         self._derive = derived if callable(derived) else None
         self._recorder = recorder
         self._stored = stored
+        self.tpu = tpu
+        """How it is lowered to a TPU's kernels, if it is."""
         self._modules: dict[int, ModuleOp] = {}
         self._executables: dict[int, Executable] = {}
         if record is None:
@@ -148,6 +154,25 @@ class DerivedStep:
         """The step at the length it was derived at, before it is made for a bucket."""
         return self._derived.module
 
+    @cached_property
+    def unserved(self) -> Unserved:
+        """What has no kernel, of the kinds of operations that the target has kernels for, and why."""
+        return {} if self.tpu is None else self.tpu.unserved(self._derived.module)
+
+    @cached_property
+    def _kernel_pages(self) -> frozenset[int]:
+        """Arguments that hold pages as a kernel wants them."""
+        if self.tpu is None:
+            return frozenset()
+        ops = list(main_function(self._derived.module).body.block.ops)
+        served = (fused for fused in find_attention(ops) if fused.reason(self.tpu.max_tokens) is None)
+        return frozenset(
+            pages.index
+            for fused in served
+            for pages in (fused.write.k_pages, fused.write.v_pages)
+            if isinstance(pages, BlockArgument)
+        )
+
     def _role(self, index: int) -> str | None:
         role = self._attributes[index].get(signature.ROLE)
         return role.data if isinstance(role, StringAttr) else None
@@ -174,6 +199,7 @@ class DerivedStep:
                     head_dim=head_dim,
                     dtype=element_dtype(pages.element_type),
                     quantized_bits=quantized_bits,
+                    row_width=served_pages(pages).get_shape()[2] if indices[0] in self._kernel_pages else None,
                     window=_number(self._attributes[indices[0]], WINDOW),
                     num_pages=num_pages,
                     page_size=page_size,
@@ -188,7 +214,7 @@ class DerivedStep:
             kind = self._args[index].type
             if isinstance(kind, llm.QuantizedTensorType):
                 return tuple(_zeros(part) for part in kind.parts())
-            return _zeros(kind)
+            return _zeros(served_pages(kind) if index in self._kernel_pages else kind)
 
         layers: dict[int, dict[int, dict[str, Pages]]] = {}
         for index, attributes in enumerate(self._attributes):
@@ -205,7 +231,9 @@ class DerivedStep:
         """The step for `bucket` tokens, as it is compiled."""
         if bucket not in self._modules:
             cache = None if self._stored is None else self._stored.cache
-            self._modules[bucket] = specialize_step(self._derived, bucket, self._recorder, self._arrangement, cache)
+            self._modules[bucket] = specialize_step(
+                self._derived, bucket, self._recorder, self._arrangement, cache, self.tpu
+            )
         return self._modules[bucket]
 
     def _executable(self, bucket: int) -> Executable:
@@ -226,7 +254,9 @@ class DerivedStep:
 
     @cached_property
     def native_key(self) -> tuple[Any, ...]:
-        """What native code depends on besides the step."""
+        """What native code, or the choice of kernels, depends on besides the step."""
+        if self.tpu is not None:
+            return self.tpu.name, self.tpu.max_tokens, self.tpu.interpret, self.tpu.chip
         if not self.is_native:
             return ()
         from llmir_jax.targets.cpu.host import this_host

@@ -16,6 +16,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-cpu": ("lower_to_cpu", "LowerToCpuPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
+    "lower-to-tpu": ("lower_to_tpu", "LowerToTpuPass"),
     "matrix-weights": ("matrix_weights", "MatrixWeightsPass"),
     "paged-attention-rewrite": ("paged_attention_rewrite", "PagedAttentionRewritePass"),
     "quantization-calibration": ("quantization_calibration", "QuantizationCalibrationPass"),

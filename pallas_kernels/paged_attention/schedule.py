@@ -33,12 +33,18 @@ class Chunks(NamedTuple):
 def tiles_of(
     batch: RaggedBatch, include: Array, masking: Masking, *, tile: int, keys_per_block: int, max_tiles: int
 ) -> Tiles:
-    """Tiles of the sequences that `include`, bool [S], names."""
+    """Tiles of the sequences that `include`, bool [S], names, in the order of their rows.
+
+    A kernel that writes whole tiles relies on the order: what is beyond a tile's own rows is written again by the next.
+    """
     lens = jnp.where(include, batch.query_lens, 0)
-    ends = jnp.cumsum(-(-lens // tile)).astype(jnp.int32)
+    order = jnp.argsort(batch.query_starts).astype(jnp.int32)
+    counts = -(-lens[order] // tile)
+    ends = jnp.cumsum(counts).astype(jnp.int32)
     index = jnp.arange(max_tiles, dtype=jnp.int32)
-    seqs = jnp.minimum(jnp.searchsorted(ends, index, side="right"), lens.shape[0] - 1).astype(jnp.int32)
-    skipped = (index - (ends[seqs] - -(-lens[seqs] // tile))) * tile
+    place = jnp.minimum(jnp.searchsorted(ends, index, side="right"), lens.shape[0] - 1)
+    seqs = order[place]
+    skipped = (index - (ends[place] - counts[place])) * tile
     positions = batch.seq_lens[seqs] - lens[seqs] + skipped
     stop = batch.seq_lens[seqs]
     if masking.causal:

@@ -162,6 +162,14 @@ def _spread(q: Array, sizes: Sizes) -> Array:
     return jnp.where(_head_mask(sizes), wide, 0)
 
 
+def _spread_slopes(slopes: Array, sizes: Sizes) -> Array:
+    """Slopes [H] as float32 [groups, rows], 0 in rows of no head."""
+    _, groups, lanes, rows = _layout(sizes)
+    heads = lanes // sizes.head_dim * sizes.queries_per_kv_head
+    flat = jnp.pad(slopes.astype(jnp.float32), (0, groups * heads - sizes.num_heads))
+    return jnp.pad(flat.reshape(groups, heads), ((0, 0), (0, rows - heads)))
+
+
 def _gather_heads(out: Array, sizes: Sizes) -> Array:
     """[T, H, D] of [T, groups, rows, lanes]: of each query row the lanes of its own head."""
     _, _, lanes, _ = _layout(sizes)
@@ -283,12 +291,8 @@ def _call(
         page_arrays += [pages.k_scales, pages.v_scales]
         new += [new_k[1], new_v[1]]
     inputs = [padded, *new]
-    spread_slopes = None
     if slopes is not None:
-        # [groups, rows, lanes] in which every lane has its row's slope
-        one = jnp.broadcast_to(slopes.astype(jnp.float32)[None, :, None], (1, sizes.num_heads, sizes.head_dim))
-        spread_slopes = jnp.broadcast_to(_spread(one, sizes).max(-1, keepdims=True)[0], (groups, rows, LANES))
-        spread_slopes += jnp.broadcast_to(_spread(one, sizes).min(-1, keepdims=True)[0], (groups, rows, LANES))
+        spread_slopes = jnp.broadcast_to(_spread_slopes(slopes, sizes)[..., None], (groups, rows, LANES))
         inputs.append(spread_slopes)
     num_blocks_pages = keys // sizes.page_size
     chunks_per_block = keys // chunk

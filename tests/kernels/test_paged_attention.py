@@ -1,14 +1,14 @@
 """Ragged paged attention: the reference against attention written out, the TPU's kernel, interpreted, against that."""
 
 import dataclasses
-from functools import partial
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import KVPages, PagedAttentionError, Sizes, paged_attention, unsupported_reason
@@ -31,18 +31,21 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 """Of results that are weighted means of about-normal values: a few roundings of the dtype."""
 
 
-def run(spec: ArgSpec, arguments: tuple[Any, ...], backend: str, causal: bool = True, **options: Any) -> Any:
-    q, k, v, pages, batch, slopes = arguments
-    call = partial(
-        paged_attention,
-        scale=spec.head_dim**-0.5,
-        causal=causal,
-        window=spec.window,
-        softcap=spec.softcap,
-        backend=backend,
-        **options,
-    )
-    return jax.jit(lambda *args: call(*args[:5], slopes=args[5]))(q, k, v, pages, batch, slopes)
+@functools.cache
+def compiled(spec: ArgSpec, backend: str, causal: bool, config: Config | None) -> Any:
+    options = {"interpret": True, "config": config} if backend == "tpu" else {}
+    masks = {"causal": causal, "window": spec.window, "softcap": spec.softcap, "scale": spec.head_dim**-0.5}
+
+    def call(q: Any, k: Any, v: Any, pages: Any, batch: Any, slopes: Any) -> Any:
+        return paged_attention(q, k, v, pages, batch, slopes=slopes, backend=backend, **masks, **options)
+
+    return jax.jit(call)
+
+
+def run(
+    spec: ArgSpec, arguments: tuple[Any, ...], backend: str, causal: bool = True, config: Config | None = None
+) -> Any:
+    return compiled(spec, backend, causal, config)(*arguments)
 
 
 def live_slots(spec: ArgSpec, batch: Any) -> np.ndarray[Any, Any]:
@@ -55,12 +58,19 @@ def live_slots(spec: ArgSpec, batch: Any) -> np.ndarray[Any, Any]:
     return live
 
 
-def check(spec: ArgSpec, seq_lens: list[int], query_lens: list[int], *, seed: int = 0, **options: Any) -> None:
+def check(
+    spec: ArgSpec,
+    seq_lens: list[int],
+    query_lens: list[int],
+    *,
+    causal: bool = True,
+    config: Config | None = None,
+    seed: int = 0,
+) -> None:
     """The kernel, interpreted, gives what the reference gives: results, and every slot that holds a token."""
     arguments = random_arguments(spec, seq_lens, query_lens, seed=seed)
-    causal = options.pop("causal", True)
     expected, expected_pages = run(spec, arguments, "reference", causal)
-    got, pages = run(spec, arguments, "tpu", causal, interpret=True, **options)
+    got, pages = run(spec, arguments, "tpu", causal, config)
     tolerance = TOLERANCE[spec.dtype] * (1 if spec.page_dtype != "int8" else 2)
     np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=tolerance, atol=tolerance)
     live = live_slots(spec, arguments[4])
@@ -162,62 +172,66 @@ def test_not_causal() -> None:
     check(SMALL, [64, 30, 1, 0], [18, 5, 1, 0], causal=False, config=Config(tile=8, keys_per_block=16))
 
 
+def small(**changes: Any) -> ArgSpec:
+    return dataclasses.replace(SMALL, **changes)
+
+
+BF16 = {"dtype": "bfloat16", "page_dtype": "bfloat16"}
+INT8 = {"page_dtype": "int8", "page_size": 128, "seq_len": 256}
+SMALL_TILES = Config(tile=8, keys_per_block=16)
+FORMS = (
+    (small(num_heads=6, num_kv_heads=3, window=11), True, SMALL_TILES),
+    (small(num_heads=4, num_kv_heads=1, head_dim=128, alibi=True, **BF16), True, None),
+    (small(**INT8, dtype="bfloat16", softcap=4.0), True, Config(tile=8, keys_per_block=128)),
+)
+"""What random batches run on by default: sizes and masks, causal or not, tiles."""
+MORE_FORMS = (
+    (small(head_dim=80, num_heads=3, num_kv_heads=3), True, None),
+    (small(head_dim=96, num_kv_heads=4, window=30, softcap=9.0), True, SMALL_TILES),
+    (small(head_dim=256, num_kv_heads=1, **BF16), True, SMALL_TILES),
+    (small(num_heads=9, num_kv_heads=3, alibi=True, window=5, **BF16), True, Config(tile=4, keys_per_block=32)),
+    (small(head_dim=128), False, SMALL_TILES),
+    (small(num_tokens=4, head_dim=128, window=17), True, None),
+    (small(**INT8, alibi=True, window=100), True, None),
+    (small(dtype="bfloat16", page_size=32, seq_len=96), True, Config(tile=16, keys_per_block=32)),
+)
+"""And slowly."""
+
+
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[ArgSpec, list[int], list[int], bool, Config | None, int]:
-    kv_heads, group = draw(st.sampled_from([(1, 4), (2, 1), (3, 3), (2, 2)]))
-    dtype = draw(st.sampled_from(["float32", "bfloat16"]))
-    page_dtype = draw(st.sampled_from(["float32", "bfloat16", "int8"]))
-    spec = dataclasses.replace(
-        SMALL,
-        num_heads=kv_heads * group,
-        num_kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([64, 80, 96, 128, 256])),
-        num_tokens=draw(st.sampled_from([4, 24, 32])),
-        page_size=128 if page_dtype == "int8" else draw(st.sampled_from([16, 32])),
-        seq_len=256 if page_dtype == "int8" else 96,
-        dtype=dtype,
-        page_dtype=page_dtype,
-        window=draw(st.none() | st.integers(1, 50)),
-        softcap=draw(st.none() | st.floats(1.0, 20.0)),
-        alibi=draw(st.booleans()),
-    )
+def lengths(draw: st.DrawFn, spec: ArgSpec) -> tuple[list[int], list[int], int]:
+    """Lengths, new tokens and a seed: page boundaries and their neighbours more often than chance has them."""
     left, seq_lens, query_lens = spec.num_tokens, [], []
+    boundaries = [n + d for n in range(0, spec.seq_len + 1, spec.page_size) for d in (-1, 0, 1)]
     for _ in range(spec.num_seqs):
-        count = min(left, draw(st.sampled_from([0, 1, 1, 2, 5, 16, 17, 32])))
+        count = min(left, draw(st.sampled_from([0, 1, 1, 2, 5, 8, 16, 17, 24])))
         left -= count
+        length = draw(st.sampled_from(boundaries) | st.integers(0, spec.seq_len))
         query_lens.append(count)
-        seq_lens.append(draw(st.integers(count, spec.seq_len)))
-    config = None
-    if spec.num_tokens > spec.num_seqs:
-        config = draw(st.none() | st.just(Config(tile=8, keys_per_block=spec.page_size)))
-    return spec, seq_lens, query_lens, draw(st.booleans()), config, draw(st.integers(0, 2**31))
+        seq_lens.append(min(max(length, count), spec.seq_len))
+    return seq_lens, query_lens, draw(st.integers(0, 2**31))
 
 
-def _check_drawn(drawn: tuple[ArgSpec, list[int], list[int], bool, Config | None, int]) -> None:
-    spec, seq_lens, query_lens, causal, config, seed = drawn
-    options = {} if config is None else {"config": config}
-    check(spec, seq_lens, query_lens, causal=causal, seed=seed, **options)
-    jax.clear_caches()
+def check_random(form: tuple[ArgSpec, bool, Config | None], examples: int) -> None:
+    spec, causal, config = form
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(lengths(spec))
+    def drawn(lens: tuple[list[int], list[int], int]) -> None:
+        check(spec, lens[0], lens[1], causal=causal, config=config, seed=lens[2])
+
+    drawn()
 
 
-ROUNDS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
-
-
-@settings(max_examples=8, **ROUNDS)
-@given(batches())
-def test_random_batches(drawn: Any) -> None:
-    _check_drawn(drawn)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_random_batches(form: tuple[ArgSpec, bool, Config | None]) -> None:
+    check_random(form, 12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
-def test_many_random_batches(part: int) -> None:
-    @settings(max_examples=20, **ROUNDS)
-    @given(st.just(part), batches())
-    def drawn_of_part(part: int, drawn: Any) -> None:
-        _check_drawn((*drawn[:5], drawn[5] + part))
-
-    drawn_of_part()
+@pytest.mark.parametrize("form", MORE_FORMS, ids=str)
+def test_many_random_batches(form: tuple[ArgSpec, bool, Config | None]) -> None:
+    check_random(form, 26)  # 8 forms: 208 cases
 
 
 def _sizes(spec: ArgSpec) -> Sizes:
