@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.chips import Chip, UnknownChipError, capability_of, chip_named, chip_of
 from pallas_kernels.paged_attention.types import KVPages, Masking, RaggedBatch, Sizes
-from pallas_kernels.tiles import Buffer, choose, round_up
+from pallas_kernels.tiles import Buffer, TileError, choose, round_up
 from pallas_kernels.triton_host import Launch, call
 
 KERNEL = "pallas_kernels.paged_attention.triton_kernels:ragged_paged_attention"
@@ -105,6 +105,15 @@ def choose_tiles(sizes: Sizes, chip: Chip) -> Tiles:
         "use a smaller head_dim or 16-bit numbers",
     )
     return replace(tiles, splits=_num_splits(tiles, sizes, chip))
+
+
+def tiles_reason(sizes: Sizes, chip: Chip) -> str | None:
+    """None if there are tiles that fit the chip, else why not, with the numbers."""
+    try:
+        choose_tiles(sizes, chip)
+    except TileError as error:
+        return str(error)
+    return None
 
 
 def make_launch(
@@ -259,5 +268,6 @@ __all__ = [
     "merge",
     "paged_attention_gpu",
     "shared_buffers",
+    "tiles_reason",
     "unsupported_reason",
 ]
