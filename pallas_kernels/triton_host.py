@@ -5,8 +5,8 @@ makes the cubin of a chip with Triton's own compiler, and `Interpreter.run` comp
 ``"module:function"``, and their modules import nothing but Triton: its interpreter takes the place of its compiler
 when a module is imported with ``TRITON_INTERPRET=1``, so the interpreter is a process of its own.
 
-bfloat16 has no NumPy dtype in Triton's interpreter, which keeps its bits in uint16 and computes in float32; products of
-matrices are thus more exact there than on a GPU.
+bfloat16 has no NumPy dtype in Triton's interpreter, which keeps its bits in uint16 and computes in float32. Its
+`tl.dot` forgets that (Triton 3.9) and multiplies the bits: a kernel to be interpreted converts to float32 first.
 """
 
 import importlib
@@ -38,7 +38,7 @@ class Launch:
     """One launch of a kernel whose parameters are `updated`, `operands`, `outputs`, and then constants by name.
 
     Args:
-        kernel: "module:function".
+        kernel: "module:function". A parameter that is an array or None is None among the constants.
         updated: arrays that the kernel changes in place.
         operands: arrays that it reads.
         outputs: shape and dtype of what it makes.
@@ -79,6 +79,11 @@ def _type_name(dtype: Any) -> str:
     return _TYPE_NAMES[name]
 
 
+def _array_names(function: Any, launch: Launch) -> list[str]:
+    """The kernel's parameters that are arrays, in order."""
+    return [name for name in function.arg_names if name not in launch.constants]
+
+
 def call(launch: Launch, *, name: str = "") -> tuple[Any, ...]:
     """The launch as part of a JAX program on an NVIDIA GPU: the new arrays of `updated`, then the outputs.
 
@@ -88,11 +93,11 @@ def call(launch: Launch, *, name: str = "") -> tuple[Any, ...]:
     import jax
     import jax_triton
 
+    function = _function(launch.kernel)
     refs = [jax.new_ref(array) for array in launch.updated]
     outputs = jax_triton.triton_call(
-        *refs,
-        *launch.operands,
-        kernel=_function(launch.kernel),
+        **dict(zip(_array_names(function, launch), (*refs, *launch.operands), strict=False)),  # outputs are left out
+        kernel=function,
         out_type=tuple(jax.ShapeDtypeStruct(out.shape, out.dtype) for out in launch.outputs),
         grid=launch.grid,
         name=name or launch.kernel.split(":")[1],
@@ -112,7 +117,7 @@ def compile_for(launch: Launch, capability: int) -> Binary:
 
     function = _function(launch.kernel)
     arrays = (*launch.updated, *launch.operands, *launch.outputs)
-    names = [name for name in function.arg_names if name not in launch.constants]
+    names = _array_names(function, launch)
     signature = {name: f"*{_type_name(array.dtype)}" for name, array in zip(names, arrays, strict=True)}
     signature |= dict.fromkeys(launch.constants, "constexpr")
     aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}  # as XLA's buffers are
@@ -170,9 +175,11 @@ def _run(
     # what a kernel does not write shows
     outputs = [np.full(shape, -77, np.dtype(dtype)) for shape, dtype in made]
     copies = [np.array(array, order="C") for array in arrays]
+    function = _function(launch.kernel)
     hosts = [_HostArray(array) for array in (*copies, *outputs)]
+    named = dict(zip(_array_names(function, launch), hosts, strict=True))
     with np.errstate(all="ignore"):  # as on a GPU
-        _function(launch.kernel)[launch.grid](*hosts, **launch.constants)
+        function[launch.grid](**named, **launch.constants)
     return (*copies[: len(launch.updated)], *outputs)
 
 
