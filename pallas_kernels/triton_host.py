@@ -84,8 +84,10 @@ def _array_names(function: Any, launch: Launch) -> list[str]:
     return [name for name in function.arg_names if name not in launch.constants]
 
 
-def call(launch: Launch, *, name: str = "") -> tuple[Any, ...]:
+def call(launch: Launch, *, capability: int) -> tuple[Any, ...]:
     """The launch as part of a JAX program on an NVIDIA GPU: the new arrays of `updated`, then the outputs.
+
+    It is compiled for compute capability 75, 80, …, of the GPU that will run it.
 
     Raises:
         ImportError: jax-triton is not installed (``pip install llmir-jax[gpu]``).
@@ -100,7 +102,8 @@ def call(launch: Launch, *, name: str = "") -> tuple[Any, ...]:
         kernel=function,
         out_type=tuple(jax.ShapeDtypeStruct(out.shape, out.dtype) for out in launch.outputs),
         grid=launch.grid,
-        name=name or launch.kernel.split(":")[1],
+        name=launch.kernel.split(":")[1],
+        compute_capability=capability,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         backend_options=_OPTIONS,

@@ -1,6 +1,8 @@
 """Ragged paged attention: writes a step's keys and values to their pages and attends to what the pages then hold."""
 
 import math
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -56,30 +58,26 @@ def paged_attention(
         raise PagedAttentionError(f"backend: expected one of reference, tpu, gpu, got {backend!r}")
     if (reason := unsupported_reason(sizes, backend)) is not None:
         raise PagedAttentionError(f"paged_attention on {backend}: {reason}; use backend='reference'")
-    if backend == "tpu":
-        from pallas_kernels.paged_attention.tpu import paged_attention_tpu
+    if backend == "reference":
+        if options:
+            raise PagedAttentionError(f"backend 'reference' has no option {', '.join(options)}")
+        return paged_attention_reference(q, k, v, pages, batch, masking, slopes)
+    kernel = getattr(_module(backend), f"paged_attention_{backend}")
+    result: tuple[Array, KVPages] = kernel(q, k, v, pages, batch, masking, slopes, **options)
+    return result
 
-        return paged_attention_tpu(q, k, v, pages, batch, masking, slopes, **options)
-    if options:
-        raise PagedAttentionError(f"backend {backend!r} has no option {', '.join(options)}")
-    if backend == "gpu":
-        from pallas_kernels.paged_attention.gpu import paged_attention_gpu
 
-        return paged_attention_gpu(q, k, v, pages, batch, masking, slopes)
-    return paged_attention_reference(q, k, v, pages, batch, masking, slopes)
+def _module(backend: Backend) -> ModuleType:
+    """The backend's file, imported when it is asked for: each needs libraries that the others do not."""
+    return import_module(f"pallas_kernels.paged_attention.{backend}")
 
 
 def unsupported_reason(sizes: Sizes, backend: Backend) -> str | None:
     """None if the backend's kernel takes arguments of these sizes, else why not, with the numbers."""
-    if backend == "tpu":
-        from pallas_kernels.paged_attention import tpu
-
-        return tpu.unsupported_reason(sizes)
-    if backend == "gpu":
-        from pallas_kernels.paged_attention import gpu
-
-        return gpu.unsupported_reason(sizes)
-    return None
+    if backend == "reference":
+        return None
+    reason: str | None = _module(backend).unsupported_reason(sizes)
+    return reason
 
 
 def check_arguments(
@@ -103,7 +101,8 @@ def check_arguments(
             f"got {sizes.num_heads}"
         )
     new = (sizes.num_tokens, sizes.num_kv_heads, sizes.head_dim)
-    stored = (sizes.num_pages, sizes.page_size, sizes.num_kv_heads * sizes.head_dim)
+    heads = sizes.num_kv_heads * sizes.head_dim
+    stored = (sizes.num_pages, sizes.page_size, max(heads, pages.k.shape[2]))
     seqs = (sizes.num_seqs,)
     _check("q", q, q.shape, FLOAT_DTYPES)
     _check("k", k, new, (sizes.q_dtype.name,))

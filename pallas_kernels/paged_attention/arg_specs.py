@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.paged_attention.tpu import page_width
 from pallas_kernels.paged_attention.types import KVPages, RaggedBatch
 
 
@@ -40,7 +41,8 @@ class ArgSpec:
             return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), **options)
 
         num_pages = self.num_seqs * self.pages_per_seq
-        stored = struct((num_pages, self.page_size, self.num_kv_heads * self.head_dim), self.page_dtype)
+        width = page_width(self.num_kv_heads, self.head_dim)
+        stored = struct((num_pages, self.page_size, width), self.page_dtype)
         scales = struct((num_pages, self.num_kv_heads, self.page_size), "float32")
         new = struct((self.num_tokens, self.num_kv_heads, self.head_dim), self.dtype)
         pages: Any = (stored, stored, scales, scales) if self.page_dtype == "int8" else (stored, stored)
@@ -81,15 +83,17 @@ def random_arguments(spec: ArgSpec, seq_lens: list[int], query_lens: list[int], 
         if struct.dtype == jnp.int8:
             return jnp.asarray(rng.integers(-127, 128, struct.shape), jnp.int8)
         values = rng.standard_normal(struct.shape, np.float32)
-        return jnp.asarray(np.where(live[..., None], values, np.nan), struct.dtype)
+        values = np.where(live[..., None], values, np.nan)
+        values[..., spec.num_kv_heads * spec.head_dim :] = 0
+        return jnp.asarray(values, struct.dtype)
 
     def scales(struct: Any) -> jax.Array:
         values = rng.uniform(0.005, 0.02, struct.shape).astype(np.float32)
         return jnp.asarray(np.where(live[:, None, :], values, np.nan))
 
-    kv = (stored(pages.k), stored(pages.v))
+    kv = [stored(pages.k), stored(pages.v)]
     if spec.page_dtype == "int8":
-        kv = (*kv, scales(pages.k_scales), scales(pages.v_scales))
+        kv += [scales(pages.k_scales), scales(pages.v_scales)]
     batch = RaggedBatch(
         jnp.asarray(tables),
         jnp.asarray(seq_lens, jnp.int32),

@@ -218,7 +218,8 @@ def paged_attention_gpu(
     sizes = Sizes.of(q, k, pages, batch)
     tiles = choose_tiles(sizes, chip) if tiles is None else tiles
     launch = make_launch(q, k, v, pages, batch, masking, slopes, tiles, wide=is_wide(sizes, chip))
-    return merge(call(launch), batch, q.dtype, len(launch.updated))
+    assert chip.capability is not None
+    return merge(call(launch, capability=chip.capability), batch, q.dtype, len(launch.updated))
 
 
 def _tile_table(batch: RaggedBatch, sizes: Sizes, block_q: int) -> Array:

@@ -15,7 +15,8 @@ def paged_attention_reference(
     """As `api.paged_attention`, without its checks. Scores, softmax and sums are float32."""
     seq_ids, positions, valid = rows_of(batch, q.shape[0])
     new_pages = _write(k, v, pages, batch, seq_ids, positions, valid)
-    return _attend(q, new_pages, batch, masking, slopes, seq_ids, positions, valid), new_pages
+    out = _attend(q, new_pages, batch, masking, slopes, seq_ids, positions, valid, num_kv_heads=k.shape[1])
+    return out, new_pages
 
 
 def rows_of(batch: RaggedBatch, num_tokens: int) -> tuple[Array, Array, Array]:
@@ -38,7 +39,8 @@ def _write(
     slot = positions % page_size
 
     def written(array: Array, new: Array) -> Array:
-        return array.at[page, slot].set(new.reshape(new.shape[0], -1).astype(array.dtype), mode="drop")
+        flat = new.reshape(new.shape[0], -1).astype(array.dtype)
+        return array.at[page, slot, : flat.shape[1]].set(flat, mode="drop")
 
     if pages.k_scales is None or pages.v_scales is None:
         return KVPages(written(pages.k, k), written(pages.v, v))
@@ -60,13 +62,14 @@ def _attend(
     seq_ids: Array,
     positions: Array,
     valid: Array,
+    *,
+    num_kv_heads: int,
 ) -> Array:
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = pages.k.shape[2] // head_dim
 
     def gathered(array: Array, scales: Array | None) -> Array:
         """Floats [S, L, Hkv, D] of all positions that the tables have room for."""
-        whole = array[batch.block_tables]  # [S, P, PS, Hkv * D]
+        whole = array[batch.block_tables, :, : num_kv_heads * head_dim]  # [S, P, PS, Hkv * D]
         floats = whole.reshape(*whole.shape[:3], num_kv_heads, head_dim).astype(jnp.float32)
         if scales is not None:
             floats *= scales[batch.block_tables].swapaxes(2, 3)[..., None]
@@ -93,6 +96,6 @@ def _attend(
     seen = seen[:, None, None, :]
     largest = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, keepdims=True)
     weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isfinite(largest), largest, 0)), 0)
-    weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-37)
     out = jnp.einsum("tgml,tlgd->tgmd", weights, values[seq_ids], precision=precision)
     return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype)

@@ -16,9 +16,10 @@ class KVPages(NamedTuple):
     """One layer's keys and values, a token of all KV heads a row.
 
     float32 or bfloat16, or int8 with scales: value = integer · scale, symmetric, one scale for each token and head.
+    Rows may be wider than their heads, which stand first, with zeros after them; `tpu.page_width` is what a TPU wants.
     """
 
-    k: Array  # [num_pages, page_size, num_kv_heads * head_dim]
+    k: Array  # [num_pages, page_size, num_kv_heads * head_dim or more]
     v: Array  # as k
     k_scales: Array | None = None  # float32 [num_pages, num_kv_heads, page_size], of int8 pages
     v_scales: Array | None = None

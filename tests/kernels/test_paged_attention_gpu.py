@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention.gpu import (
     unsupported_reason,
 )
 from pallas_kernels.paged_attention.reference import paged_attention_reference
-from pallas_kernels.paged_attention.types import KVPages, Masking, Sizes
+from pallas_kernels.paged_attention.types import KVPages, Masking, RaggedBatch, Sizes
 from pallas_kernels.tiles import TileError, total_bytes
 from pallas_kernels.triton_host import Interpreter, Launch, compile_for
 
@@ -189,6 +189,24 @@ def test_what_no_kernel_takes_is_said_with_numbers() -> None:
     huge = replace(SMALL, num_heads=512, num_kv_heads=1, head_dim=256, page_dtype="float32", dtype="float32")
     with pytest.raises(TileError, match=r"needs [\d,]+ bytes of shared memory, t4 has 65,536"):
         choose_tiles(_sizes(huge), chip_named("t4"))
+
+
+@needs_triton
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs jax-triton and JAX's CUDA plugin, which need no GPU",
+)
+def test_is_part_of_a_jax_program_that_updates_pages_in_place() -> None:
+    q, k, v, pages, batch, _ = replace(SMALL, page_dtype="int8").structs()
+    chip, masking = chip_named("h100"), Masking(scale=0.25)
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, pages: KVPages, batch: RaggedBatch) -> object:
+        return paged_attention_gpu(q, k, v, pages, batch, masking, chip=chip)
+
+    traced = jax.jit(step, donate_argnums=3).trace(q, k, v, pages, batch)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (kernel,) = (line for line in text.splitlines() if "@triton_kernel_call_ffi" in line)
+    assert kernel.count("output_operand_alias<") == 4  # keys, values, scales of both
 
 
 @needs_triton
