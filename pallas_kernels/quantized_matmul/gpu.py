@@ -60,7 +60,7 @@ def unsupported_reason(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class GpuPlan:
     """Everything that is static."""
 
     m: int
@@ -93,7 +93,7 @@ def _is_vector(m: int, chip: Chip) -> bool:
     return m == 1 or (chip.capability == 75 and m <= 8)
 
 
-def _buffers(plan: _Plan, chip: Chip, tiles: GpuTiles) -> list[Buffer]:
+def buffers(plan: GpuPlan, chip: Chip, tiles: GpuTiles) -> list[Buffer]:
     """What Triton keeps in shared memory: tiles that loops load ahead, and operands on their way to tensor cores."""
     bm, bn, bk = tiles.block_m, tiles.block_n, tiles.block_k
     if _is_vector(plan.m, chip):
@@ -110,7 +110,7 @@ def _buffers(plan: _Plan, chip: Chip, tiles: GpuTiles) -> list[Buffer]:
     ]
 
 
-def candidates(plan: _Plan, chip: Chip) -> list[GpuTiles]:
+def candidates(plan: GpuPlan, chip: Chip) -> list[GpuTiles]:
     """Tiles worth trying, from which a model or a measurement takes one."""
     if _is_vector(plan.m, chip):
         heights, widths, depths = [1 << (plan.m - 1).bit_length()], [16, 32, 64], [32, 64, 128, 256]
@@ -130,7 +130,7 @@ def candidates(plan: _Plan, chip: Chip) -> list[GpuTiles]:
     return [tiles for tiles in made if plan.problem(tiles) is None]
 
 
-def _seconds(plan: _Plan, chip: Chip, tiles: GpuTiles) -> float:
+def _seconds(plan: GpuPlan, chip: Chip, tiles: GpuTiles) -> float:
     """A model of the time, to rank tiles by: weights once a row of tiles, x once a column, products by whole waves."""
     rows, columns = -(-plan.m // tiles.block_m), -(-plan.n // tiles.block_n)
     x_bytes = 1 if plan.x_dtype == "int8" else jnp.dtype(plan.x_dtype).itemsize
@@ -144,16 +144,20 @@ def _seconds(plan: _Plan, chip: Chip, tiles: GpuTiles) -> float:
     return max(traffic / chip.memory_bandwidth, products) * waves + steps
 
 
-def _choose(plan: _Plan, chip: Chip, given: GpuTiles | None) -> GpuTiles:
-    buffers = functools.partial(_buffers, plan, chip)
+def _choose(plan: GpuPlan, chip: Chip, given: GpuTiles | None) -> GpuTiles:
     if given is None:
         return choose(
-            plan.subject, candidates(plan, chip), buffers, functools.partial(_seconds, plan, chip), chip, REMEDY
+            plan.subject,
+            candidates(plan, chip),
+            functools.partial(buffers, plan, chip),
+            functools.partial(_seconds, plan, chip),
+            chip,
+            REMEDY,
         )
     problem = plan.problem(given)
     if problem is not None:
         raise ValueError(f"{plan.subject}: {problem}")
-    check_fits(f"{plan.subject}, tiles {given}", buffers(given), chip, REMEDY)
+    check_fits(f"{plan.subject}, tiles {given}", buffers(plan, chip, given), chip, REMEDY)
     return given
 
 
@@ -166,6 +170,25 @@ def _compute_dtype(x: jax.Array, weight: QuantizedWeight, span: int, chip: Chip,
             return "int8"
         return "float16"  # every integer to 2,048
     return "float32" if old and x.dtype == jnp.bfloat16 else x.dtype.name
+
+
+def plan_of(x: Any, weight: QuantizedWeight, *, chip: Chip, x_scales: Any = None) -> GpuPlan:
+    """For x [M, K], floats or int8 with `x_scales` [M, A]."""
+    m, k = x.shape
+    num_activation_groups = 0 if x_scales is None else x_scales.shape[1]
+    span = k // weight.num_groups
+    if num_activation_groups:
+        span = math.gcd(span, k // num_activation_groups)
+    return GpuPlan(
+        m=m,
+        n=weight.shape[0],
+        k=k,
+        num_groups=weight.num_groups,
+        bits=weight.bits,
+        x_dtype=jnp.dtype(x.dtype).name,
+        compute_dtype=_compute_dtype(x, weight, min(span, 64), chip, x_scales is not None),
+        num_activation_groups=num_activation_groups,
+    )
 
 
 def launch_of(
@@ -182,21 +205,8 @@ def launch_of(
     tiles: GpuTiles | None = None,
 ) -> Launch:
     """The launch for x [M, K], floats or int8 with `x_scales` [M, A]; its output is y [M, N], or parts [S, M, N]."""
-    (m, k), n = x.shape, weight.shape[0]
-    num_activation_groups = 0 if x_scales is None else x_scales.shape[1]
-    span = k // weight.num_groups
-    if num_activation_groups:
-        span = math.gcd(span, k // num_activation_groups)
-    plan = _Plan(
-        m=m,
-        n=n,
-        k=k,
-        num_groups=weight.num_groups,
-        bits=weight.bits,
-        x_dtype=jnp.dtype(x.dtype).name,
-        compute_dtype=_compute_dtype(x, weight, min(span, 64), chip, x_scales is not None),
-        num_activation_groups=num_activation_groups,
-    )
+    plan = plan_of(x, weight, chip=chip, x_scales=x_scales)
+    m, n, k = plan.m, plan.n, plan.k
     chosen = _choose(plan, chip, tiles)
     compute = plan.compute_dtype
     if compute == "int8" and (chosen.block_k // 2 if weight.bits == 4 else chosen.block_k) < 32:
@@ -224,7 +234,7 @@ def launch_of(
             "N": n,
             "K": k,
             "G": weight.num_groups,
-            "A": max(num_activation_groups, 1),
+            "A": max(plan.num_activation_groups, 1),
             "BITS": weight.bits,
             "ZERO_POINTS": weight.zero_points is not None,
             "FUNCTION": gate_function,
@@ -301,4 +311,15 @@ def quantized_matmul_gpu(
     return finish(call(launch, capability=chip.capability)[0], bias, residual, out_dtype)
 
 
-__all__ = ["GpuTiles", "finish", "launch_of", "prepare", "quantized_matmul_gpu", "unsupported_reason"]
+__all__ = [
+    "GpuPlan",
+    "GpuTiles",
+    "buffers",
+    "candidates",
+    "finish",
+    "launch_of",
+    "plan_of",
+    "prepare",
+    "quantized_matmul_gpu",
+    "unsupported_reason",
+]

@@ -15,8 +15,8 @@ from test_quantized_matmul import arguments, cases, check
 from pallas_kernels.chips import chip_named
 from pallas_kernels.quantized_matmul import GpuTiles, QuantizedWeight, quantized_matmul, unsupported_reason
 from pallas_kernels.quantized_matmul.arg_specs import SPECS, ArgSpec, random_weight
-from pallas_kernels.quantized_matmul.gpu import finish, launch_of, prepare
-from pallas_kernels.tiles import TileError
+from pallas_kernels.quantized_matmul.gpu import buffers, finish, launch_of, plan_of, prepare
+from pallas_kernels.tiles import TileError, total_bytes
 from pallas_kernels.triton_host import Interpreter, compile_for
 
 H100 = chip_named("h100")
@@ -98,7 +98,10 @@ def test_shapes_compile_to_machine_code_within_the_shared_memory_of_the_model(sp
     launch = launch_of(x, weight, chip=chip, x_scales=x_scales, out_dtype=spec.x_dtype)
     binary = compile_for(launch, capability)
     assert binary.cubin[:4] == b"\x7fELF"
-    assert binary.shared_bytes <= chip.fast_memory_bytes, launch.constants
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+    tiles = GpuTiles(**{name.lower(): launch.constants[name] for name in names}, num_stages=launch.num_stages)
+    planned = total_bytes(buffers(plan_of(x, weight, chip=chip, x_scales=x_scales), chip, tiles), chip)
+    assert binary.shared_bytes <= planned <= chip.fast_memory_bytes, launch.constants
     if capability >= 80 and not launch.constants["VECTOR"]:
         assert any(name in binary.ptx for name in ("mma.sync", "wgmma", "tcgen05")), launch.constants
 
