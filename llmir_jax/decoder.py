@@ -37,7 +37,7 @@ from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
-from pallas_kernels.chips import chip_of
+from pallas_kernels.chips import Chip, chip_of
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -68,12 +68,12 @@ def _check_target(target: str | None, interpret: bool) -> str:
     return platform
 
 
-def _layout_target(platform: str, target: str | None) -> str:
+def _layout_target(platform: str, target: str | None, has_gpu_kernels: bool) -> str:
     """The target that quantized weights are laid out for."""
     if target == "tpu":
         return target
-    if platform in ("cuda", "rocm"):
-        return "gpu"
+    if platform in ("gpu", "cuda", "rocm"):
+        return "gpu" if has_gpu_kernels else "gpu-reference"
     return platform if platform in LAYOUTS else "reference"
 
 
@@ -196,6 +196,8 @@ class Decoder:
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target, interpret)
         native = platform == "cpu" and target in (None, "cpu")
+        gpu = kernels_for(jax.devices()[0]) if platform == "gpu" and target in (None, "gpu") else None
+        layout_target = _layout_target(platform, target, isinstance(gpu, Chip))
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         texts: dict[str, str] = {}
@@ -237,7 +239,7 @@ class Decoder:
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
                 kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
-                target=_layout_target(platform, target),
+                target=layout_target,
             )
             texts["llm"] = derived.text
             return derived
@@ -246,7 +248,7 @@ class Decoder:
         stored: StoredStep | None = None
         if cache is not None and program is not None and calibration is None and not source.activation_scales:
             sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
-            target_key = (platform, _layout_target(platform, target), native)
+            target_key = (platform, layout_target, native)
             weights_key = (source.matrices, source.stored)
             stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
         record = None if stored is None else stored.record()
@@ -263,12 +265,10 @@ class Decoder:
         if target == "tpu" or (target is None and platform == "tpu"):
             chip = chip_of(jax.devices()[0]).name if platform == "tpu" else LowerToTpuPass.chip
             kernels = LowerToTpuPass(max_tokens=sizes_of_steps[-1], interpret=interpret, chip=chip)
-        elif _layout_target(platform, target) == "gpu" and target in (None, "gpu"):
-            gpu = kernels_for(jax.devices()[0])
-            if isinstance(gpu, str):
-                kernel_notes = (f"no kernels for the GPU: {gpu}",)
-            else:
-                kernels = LowerToGpuPass(max_tokens=sizes_of_steps[-1], chip=gpu.name)
+        elif isinstance(gpu, Chip):
+            kernels = LowerToGpuPass(max_tokens=sizes_of_steps[-1], chip=gpu.name)
+        elif gpu is not None:
+            kernel_notes = (f"no kernels for the GPU: {gpu}",)
         start = time.perf_counter()
         step = DerivedStep(
             derived or derive,

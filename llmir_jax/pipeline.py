@@ -96,7 +96,7 @@ def derive_step(
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at.
 
-    `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    `target`, one of `LAYOUTS`, says how quantized weights are laid out.
     """
     start = time.perf_counter()
     derived = derive(

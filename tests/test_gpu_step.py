@@ -75,6 +75,18 @@ def test_what_no_kernel_serves_is_said(config: LlamaConfig, options: dict[str, o
     assert count == 2
 
 
+@needs_plugin
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32-min", "int4-g32-a8"])
+def test_quantized_products_call_their_kernel(scheme: str) -> None:
+    module = derived(replace(CONFIG, intermediate_size=64), quantize=scheme)
+    lower = LowerToGpuPass(max_tokens=16, chip="h100")
+    assert lower.unserved(module) == {}
+    SpecializeTokensPass(tokens=16).apply(Context(), module)
+    lower.apply(Context(), module)
+    module.verify()
+    assert text_of(module).count("@triton_kernel_call_ffi") > 2  # two are attention
+
+
 def test_chips_of_other_targets_are_refused() -> None:
     with pytest.raises(InvalidIRError, match=r"lower-to-gpu: chip must be a GPU, got 'v5e'"):
         LowerToGpuPass(chip="v5e").unserved(derived())

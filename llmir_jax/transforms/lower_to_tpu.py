@@ -12,8 +12,8 @@ from xdsl.ir import Operation
 
 from llmir_jax.dialects import llm
 from llmir_jax.targets.paged_kernels import PagedKernel
+from llmir_jax.targets.quantized_kernels import matmul_kernel, matmul_reason
 from llmir_jax.targets.tpu import paged_kernel
-from llmir_jax.targets.tpu_matmul import matmul_kernel, matmul_reason
 from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass, Unserved, chip_of_target
 from llmir_jax.transforms.lower_to_reference import Kernel
 from pallas_kernels.chips import Chip
