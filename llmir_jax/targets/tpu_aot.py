@@ -14,7 +14,7 @@ from llmir_jax.analysis.align import main_function
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.pipeline import Recorder, derive_step, specialize_step
-from llmir_jax.quantization import Plan, Quantize, check_quantize, make_plan
+from llmir_jax.quantization import MixedPrecision, Plan, Quantize, check_quantize, make_plan
 from llmir_jax.targets.tpu import find_attention
 from llmir_jax.trace import trace
 from llmir_jax.transforms import signature
@@ -72,9 +72,12 @@ def compile_for_tpu(
             "pip install 'llmir-jax[tpu-aot]' brings"
         ) from error
     check_quantize(quantize)
+    if isinstance(quantize, MixedPrecision):
+        raise LlmirError("compile_for_tpu: mixed precision measures weights, and there are none; give a scheme")
+    scheme = quantize
 
     def plan(shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, tuple[int, int]], max_seq_len: int) -> Plan:
-        chosen = make_plan(quantize, shapes, matrices=matrices, stored={})
+        chosen = make_plan(scheme, shapes, matrices=matrices, stored={})
         return chosen.for_target("reference", matrices)  # what schemes leave to the target: activations stay floats
 
     recorder = Recorder()
