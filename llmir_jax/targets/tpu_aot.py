@@ -1,7 +1,7 @@
 """Derived steps compiled for TPUs ahead of time, by libtpu, on a machine that may have none. Nothing is in memory but
 shapes: neither weights nor pages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from llmir_jax.analysis.align import main_function
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.pipeline import Recorder, derive_step, specialize_step
+from llmir_jax.quantization import MixedPrecision, Plan, Quantize, check_quantize, make_plan
 from llmir_jax.targets.tpu import find_attention
 from llmir_jax.trace import trace
 from llmir_jax.transforms import signature
@@ -49,15 +50,18 @@ def compile_for_tpu(
     num_pages: int,
     page_size: int = 128,
     max_seq_len: int | None = None,
+    quantize: Quantize = None,
 ) -> list[CompiledStep]:
     """Derive the step of `forward` and compile it for the first device of a topology, for each number of tokens.
 
     Args:
         model: as for a decoder; ShapeDtypeStructs will do (`nnx.eval_shape`).
         topology: its name, as of `jax.experimental.topologies`: "v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1".
+        tokens: numbers of token rows, as a decoder's `buckets`.
+        quantize: as of a decoder, without a calibration.
 
     Raises:
-        LlmirError: libtpu is not installed or does not know the topology.
+        LlmirError: libtpu is not installed, does not know the topology, or finds that the step does not fit the device.
         UnsupportedModelError: no step can be derived.
     """
     try:
@@ -67,6 +71,15 @@ def compile_for_tpu(
             f"topology {topology!r}: {str(error).splitlines()[0]}; compiling ahead of time needs libtpu, which "
             "pip install 'llmir-jax[tpu-aot]' brings"
         ) from error
+    check_quantize(quantize)
+    if isinstance(quantize, MixedPrecision):
+        raise LlmirError("compile_for_tpu: mixed precision measures weights, and there are none; give a scheme")
+    scheme = quantize
+
+    def plan(shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, tuple[int, int]], max_seq_len: int) -> Plan:
+        chosen = make_plan(scheme, shapes, matrices=matrices, stored={})
+        return chosen.for_target("reference", matrices)  # what schemes leave to the target: activations stay floats
+
     recorder = Recorder()
     derived = derive_step(
         lambda length: trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False),
@@ -76,6 +89,7 @@ def compile_for_tpu(
         page_size=page_size,
         num_pages=num_pages,
         recorder=recorder,
+        plan_weights=None if quantize is None else plan,
         target="tpu",
     )
     lower = LowerToTpuPass(max_tokens=max(tokens), chip=chip_of(device).name)
@@ -109,7 +123,11 @@ def _compile(called: Executable, device: Any, donated: list[int]) -> Any:
     def step(*args: jax.Array) -> list[jax.Array]:
         return call_executable(called, *args)
 
-    return jax.jit(step, donate_argnums=tuple(donated)).lower(*shapes).compile()
+    lowered = jax.jit(step, donate_argnums=tuple(donated)).lower(*shapes)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise LlmirError(f"the step for {device.device_kind}: {str(error).splitlines()[0]}") from error
 
 
 __all__ = ["CompiledStep", "compile_for_tpu"]
