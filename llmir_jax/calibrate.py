@@ -244,8 +244,11 @@ class Planner:
         trace_at: TraceAt,
         encode: Encode | None = None,
         target: str | None = None,
+        target_kv_cache: str | None = None,
     ) -> None:
         """`target` decides what the schemes of the plan leave to it; None leaves that open.
+
+        `target_kv_cache` is what it takes keys and values as; None for what the model computes.
 
         Raises LlmirError for what is no calibration, one that has nothing to round, and mixed precision without.
         """
@@ -265,7 +268,7 @@ class Planner:
         self._calibration = calibration
         self._trace_at = trace_at
         self._encode = encode
-        self._target = target
+        self._target, self._target_kv_cache = target, target_kv_cache
         self.rounding: Rounding = plain_rounding
         """How the weights of the plan are rounded."""
         self.notes: Sequence[str] = ()
@@ -303,7 +306,7 @@ class Planner:
         return self._for_target(replace(plan, activation_scales=calibrated.scales(plan)), matrices)
 
     def _for_target(self, plan: Plan, matrices: Mapping[str, tuple[int, int]]) -> Plan:
-        return plan if self._target is None else plan.for_target(self._target, matrices)
+        return plan if self._target is None else plan.for_target(self._target, matrices, self._target_kv_cache)
 
 
 __all__ = ["Calibrated", "Calibrator", "Encode", "Planner"]

@@ -17,7 +17,7 @@ from llmir_jax.derive import Derived
 from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
 from llmir_jax.memory import collecting_later, give_back
-from llmir_jax.pipeline import Recorder, derive_step, text_of
+from llmir_jax.pipeline import KV_CACHES, Recorder, derive_step, text_of
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
@@ -40,7 +40,6 @@ STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
 BURST = 0.02
 """Seconds that the tokens of one call may take while all requests decode: less than a reader sees."""
-KV_CACHES = {"int8": 8, "int4": 4}
 """Bits of quantized caches, by name."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
 
@@ -63,6 +62,13 @@ def _check_target(target: str | None, interpret: bool) -> str:
             f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
         )
     return platform
+
+
+def _native_kv_cache() -> str | None:
+    """What native code takes keys and values as, where that is left to it: it reads float16 twice as fast."""
+    from llmir_jax.targets.cpu.host import this_host
+
+    return "float16" if this_host().has_half else None
 
 
 def _layout_target(platform: str, target: str | None) -> str:
@@ -172,8 +178,9 @@ class Decoder:
                 `llmir_jax.quantization.rules`), or `MixedPrecision`.
             calibration: text that is run through the model, to round weights by what it shows and to find static scales
                 of activations. The model is in memory as floats meanwhile.
-            kv_cache: "int8" or "int4": keys and values are kept as integers with a scale for each token and head. None
-                for the floats that the model computes.
+            kv_cache: what keys and values are kept as: "int8" or "int4", integers with a scale for each token and head;
+                "float32", "bfloat16" or "float16". None for the floats that the model computes, or, where `quantize`
+                leaves activations to the target as "int4" does, what that takes: on a CPU float16.
             burst: seconds that the tokens of one call of the device may take while all requests decode, so that they
                 come several at a time; 0 for one at a time. No token depends on it.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
@@ -217,6 +224,7 @@ class Decoder:
             trace_at=trace_at,
             encode=getattr(tokenizer, "encode", None),
             target="cpu" if native else "reference",
+            target_kv_cache=_native_kv_cache() if native else None,
         )
 
         def parameter_values() -> LazyArrays:
@@ -233,7 +241,7 @@ class Decoder:
                 num_pages=num_pages,
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
-                kv_cache_bits=None if kv_cache is None else KV_CACHES[kv_cache],
+                kv_cache=kv_cache,
                 target=_layout_target(platform, target),
             )
             texts["llm"] = derived.text

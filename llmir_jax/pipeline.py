@@ -28,6 +28,7 @@ from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
 from llmir_jax.transforms.hardware_specific_quantization import HardwareSpecificQuantizationPass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
+from llmir_jax.transforms.kv_cache_precision import KVCachePrecisionPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
 from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
@@ -71,6 +72,10 @@ class Recorder:
         return module
 
 
+KV_CACHES: Mapping[str, int | None] = {"int8": 8, "int4": 4, "float32": None, "bfloat16": None, "float16": None}
+"""What keys and values can be kept as, and the bits of integers."""
+
+
 def text_of(module: ModuleOp) -> str:
     """The module in MLIR's textual form, without the attributes that are only of use to passes."""
     stripped = module.clone()
@@ -91,12 +96,13 @@ def derive_step(
     num_pages: int,
     recorder: Recorder,
     plan_weights: PlanWeights | None = None,
-    kv_cache_bits: int | None = None,
+    kv_cache: str | None = None,
     target: str = "reference",
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at.
 
-    `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    `kv_cache` is what keys and values are kept as, of `KV_CACHES`; None leaves that to the plan of the weights, or else
+    to what the model computes. `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
     """
     start = time.perf_counter()
     derived = derive(
@@ -134,8 +140,13 @@ def derive_step(
     recorder.run(module, RaiseGatedMLPPass())
     derived.text = text_of(module)
     recorder.run(module, KVCacheAllocationPass(num_pages=num_pages))
-    if kv_cache_bits is not None:
-        recorder.run(module, KVCacheQuantizationPass(bits=kv_cache_bits))
+    if kv_cache is None and derived.plan is not None:
+        kv_cache = derived.plan.kv_cache
+    if kv_cache is not None:
+        bits = KV_CACHES[kv_cache]
+        recorder.run(
+            module, KVCachePrecisionPass(dtype=kv_cache) if bits is None else KVCacheQuantizationPass(bits=bits)
+        )
     recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     return derived

@@ -24,7 +24,7 @@ SCHEMES = (
     FLOAT,
     *("int8", "int4", "w4a16", "w8a8"),
     *("int8-channel", "int4-g64", "int4-g32", "int4-g32-zp", "int4-g32-min"),
-    *(f"{KV_CACHE}{name}" for name in options.KV_CACHES),
+    *(f"{KV_CACHE}{name}" for name in ("int8", "int4", "float16")),
 )
 CALIBRATED = ("int4-g64+gptq", "int4-g64+mse", "int4-g32+gptq", "mixed-4.5", "int8-g32-a8-g32-static")
 """With a text: ways to round, mixed widths at the size of int4-g32, and static scales of activations."""
@@ -100,7 +100,7 @@ def parse_scheme_name(name: str, calibrate: Path | None) -> dict[str, Any]:
         if part.startswith(KV_CACHE):
             key, value = "kv_cache", part.removeprefix(KV_CACHE)
             if value not in options.KV_CACHES:
-                raise click.UsageError(f"--schemes: {part!r} is no cache: give kv-int8 or kv-int4")
+                raise click.UsageError(f"--schemes: {part!r} is no cache: give kv-int8, kv-int4, kv-float16 …")
         elif part in ROUNDINGS:
             key, value = "rounding", part
         else:

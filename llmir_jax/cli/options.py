@@ -28,7 +28,7 @@ XLA_CACHE_BYTES = 2 << 30  # what is used least goes first
 COUNT = click.IntRange(min=1)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-KV_CACHES = ("int8", "int4")
+KV_CACHES = ("int8", "int4", "float32", "bfloat16", "float16")
 MIXED = re.compile(r"mixed-(\d+(?:\.\d+)?)")  # bits a weight
 
 
@@ -67,7 +67,7 @@ calibrate_option = click.option(
 
 def quantization_options(command: F) -> F:
     """--quantize, --calibrate and --kv-cache, which `decoder_quantization` makes options of a decoder of."""
-    kv_cache = click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Keys and values as these integers.")
+    kv_cache = click.option("--kv-cache", type=click.Choice(KV_CACHES), help="What keys and values are kept as.")
     return quantize_option(calibrate_option(kv_cache(command)))
 
 

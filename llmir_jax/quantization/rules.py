@@ -36,6 +36,9 @@ class Plan:
     activation_scales: Mapping[MatrixKey, np.ndarray] = field(default_factory=dict)
     """Static scales, float32 [G] each, of what is multiplied with the matrices whose scheme has such."""
 
+    kv_cache: str | None = None
+    """What the target takes as keys and values, where that is left to it."""
+
     def get(self, path: str) -> Scheme | None:
         """The scheme of a parameter; None if it stays floats."""
         return self.schemes.get(path)
@@ -43,10 +46,16 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.schemes)
 
-    def for_target(self, target: str | None, matrices: Mapping[str, tuple[int, int]]) -> "Plan":
-        """With what `target` decides, see `Scheme.for_target`. `matrices` are [N, K] by path."""
+    def for_target(
+        self, target: str | None, matrices: Mapping[str, tuple[int, int]], kv_cache: str | None = None
+    ) -> "Plan":
+        """With what `target` decides, see `Scheme.for_target`. `matrices` are [N, K] by path.
+
+        Where it decides about activations, it does about what is kept of them too, and that is `kv_cache`.
+        """
+        decides = any(scheme.auto_activations for scheme in self.schemes.values())
         schemes = {path: scheme.for_target(target, matrices[path][1]) for path, scheme in self.schemes.items()}
-        return replace(self, schemes=schemes)
+        return replace(self, schemes=schemes, kv_cache=kv_cache if decides else self.kv_cache)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "inline-calls": ("inline_calls", "InlineCallsPass"),
     "insert-kv-cache": ("insert_kv_cache", "InsertKVCachePass"),
     "kv-cache-allocation": ("kv_cache_allocation", "KVCacheAllocationPass"),
+    "kv-cache-precision": ("kv_cache_precision", "KVCachePrecisionPass"),
     "kv-cache-pruning": ("kv_cache_pruning", "KVCachePruningPass"),
     "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-cpu": ("lower_to_cpu", "LowerToCpuPass"),

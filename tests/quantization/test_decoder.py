@@ -96,6 +96,41 @@ def test_activations(scheme: str) -> None:
     assert "activation_bits = 8" in decoder.ir("llm")
 
 
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+@pytest.mark.parametrize(("kv_cache", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24)])
+def test_cache_of_floats(kv_cache: str, bits: int, target: str) -> None:
+    """Keys and values rounded to another float, in what is kept of them alone."""
+    params = make_params()
+    decoder = build(params, kv_cache=kv_cache, target=target)
+    sequence = np.random.default_rng(2).integers(0, VOCAB, 21)
+    (logits,) = decoder.logits([sequence])
+    expected = np.asarray(forward(params, jnp.asarray(sequence)[None])[0])
+    error = np.abs(logits - expected).max() / np.abs(expected).max()
+    assert error <= 8 * 2.0**-bits + 1e-5
+    assert kv_cache == "float32" or error >= 2.0**-bits / 50  # it is rounded
+    report = decoder.report()
+    assert report.attention[0].cache_dtype == kv_cache
+    pages = jax.tree.leaves(decoder._step.init_cache())
+    assert {str(array.dtype) for array in pages} == {kv_cache}
+    assert report.cache_bytes == sum(array.nbytes for array in pages)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv_cache", "target", "expected"),
+    [
+        ("int4", None, "cpu", "float16"),
+        ("int4", "float32", "cpu", "float32"),
+        ("int4", None, "reference", "float32"),
+        ("w4a16", None, "cpu", "float32"),
+        ("w4a8", None, "cpu", "float32"),
+    ],
+)
+def test_cache_that_the_target_takes(scheme: str, kv_cache: str | None, target: str, expected: str) -> None:
+    """Only where activations are left to it."""
+    decoder = build(make_params(), scheme, kv_cache=kv_cache, target=target)
+    assert decoder.report().attention[0].cache_dtype == expected
+
+
 @pytest.mark.parametrize(("kv_cache", "tolerance"), [("int8", 0.03), ("int4", 0.4)])
 def test_cache(kv_cache: str, tolerance: float) -> None:
     sequence = np.random.default_rng(3).integers(0, VOCAB, 30)
@@ -223,7 +258,7 @@ def test_a_parameter_that_is_read_in_two_ways_stays() -> None:
         ({"quantize": {}}, "no rules in it"),
         ({"quantize": {"layers/up": "int4-g48"}}, r"layers\.up: group_size 48 does not divide its 64 inputs"),
         ({"quantize": {"layers/bias": "int8"}}, "matches only parameters that cannot be quantized"),
-        ({"kv_cache": "int2"}, "kv_cache must be one of int8, int4, or None, got 'int2'"),
+        ({"kv_cache": "int2"}, "kv_cache must be one of int8, int4, float32, bfloat16, float16, or None, got 'int2'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
