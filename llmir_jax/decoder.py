@@ -29,12 +29,15 @@ from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
+from llmir_jax.targets.gpu import kernels_for
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
+from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
+from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
-from pallas_kernels.chips import chip_of
+from pallas_kernels.chips import Chip, chip_of
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -71,12 +74,12 @@ def _native_kv_cache() -> str | None:
     return "float16" if this_host().has_half else None
 
 
-def _layout_target(platform: str, target: str | None) -> str:
+def _layout_target(platform: str, target: str | None, has_gpu_kernels: bool) -> str:
     """The target that quantized weights are laid out for."""
     if target == "tpu":
         return target
-    if platform in ("cuda", "rocm"):
-        return "gpu"
+    if platform in ("gpu", "cuda", "rocm"):
+        return "gpu" if has_gpu_kernels else "gpu-reference"
     return platform if platform in LAYOUTS else "reference"
 
 
@@ -170,8 +173,8 @@ class Decoder:
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is. On a
-                CPU the step is native code where it can be, on a TPU kernels are called; the report says why not where
-                it is not so.
+                CPU the step is native code where it can be, on TPUs and GPUs kernels are called; the report says why
+                not where it is not so.
             interpret: with target="tpu", run its kernels interpreted on the platform there is: slow, to check what a
                 TPU would compute.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
@@ -200,6 +203,8 @@ class Decoder:
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
         platform = _check_target(target, interpret)
         native = platform == "cpu" and target in (None, "cpu")
+        gpu = kernels_for(jax.devices()[0]) if platform == "gpu" and target in (None, "gpu") else None
+        layout_target = _layout_target(platform, target, isinstance(gpu, Chip))
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         texts: dict[str, str] = {}
@@ -242,7 +247,7 @@ class Decoder:
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
                 kv_cache=kv_cache,
-                target=_layout_target(platform, target),
+                target=layout_target,
             )
             texts["llm"] = derived.text
             return derived
@@ -251,7 +256,7 @@ class Decoder:
         stored: StoredStep | None = None
         if cache is not None and program is not None and calibration is None and not source.activation_scales:
             sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
-            target_key = (platform, _layout_target(platform, target), native)
+            target_key = (platform, layout_target, native)
             weights_key = (source.matrices, source.stored)
             stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
         record = None if stored is None else stored.record()
@@ -263,10 +268,15 @@ class Decoder:
         facts = record or derived
         assert facts is not None
         sizes_of_steps = _buckets(buckets, max_seqs, facts.max_seq_len * max_seqs)
-        tpu: LowerToTpuPass | None = None
+        kernels: LowerToKernelsPass | None = None
+        kernel_notes: tuple[str, ...] = ()
         if target == "tpu" or (target is None and platform == "tpu"):
             chip = chip_of(jax.devices()[0]).name if platform == "tpu" else LowerToTpuPass.chip
-            tpu = LowerToTpuPass(max_tokens=sizes_of_steps[-1], interpret=interpret, chip=chip)
+            kernels = LowerToTpuPass(max_tokens=sizes_of_steps[-1], interpret=interpret, chip=chip)
+        elif isinstance(gpu, Chip):
+            kernels = LowerToGpuPass(max_tokens=sizes_of_steps[-1], chip=gpu.name)
+        elif gpu is not None:
+            kernel_notes = (f"no kernels for the GPU: {gpu}",)
         start = time.perf_counter()
         step = DerivedStep(
             derived or derive,
@@ -276,10 +286,10 @@ class Decoder:
             buckets=sizes_of_steps,
             recorder=recorder,
             native=native,
-            notes=planner.notes,
+            notes=(*planner.notes, *kernel_notes),
             stored=stored if is_pure[0] else None,
             record=record,
-            tpu=tpu,
+            kernels=kernels,
         )
         recorder.seconds["weights"] = time.perf_counter() - start
         if eos_token_ids is None:
@@ -452,14 +462,9 @@ class Decoder:
         for name, those in in_xla.items():
             between = f"XLA, between calls of native code ({those})"
             found[name] = between if those.count >= counts.get(name, 0) else f"{server}; some by {between}"
-        tpu = self._step.tpu
-        if tpu is None:
+        if self._step.kernels is None:
             return found
-        where = f"{'interpreted' if tpu.interpret else 'compiled'} for {self._platform}"
-        attention = f"the Pallas kernel of ragged paged attention, {where}: writes and attends in one"
-        kernels = {"llm.attend_pages": attention, "llm.write_pages": attention}
-        kernels["llm.quantized_matmul"] = f"the Pallas kernel of quantized matmul, {where}"
-        for name, kernel in kernels.items():
+        for name, kernel in self._step.kernels.titles().items():
             if name in found:
                 reasons = self._step.unserved.get("llm.attend_pages" if name == "llm.write_pages" else name, {})
                 found[name] = _kernel_text(kernel, server, counts[name], reasons)
@@ -475,7 +480,7 @@ class Decoder:
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
         if self._step.not_native:
             return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
-        if self._step.tpu is not None:
+        if self._step.kernels is not None:
             return reference
         return f"{reference} (no kernels of its own were asked for)"
 

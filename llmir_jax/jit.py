@@ -62,7 +62,8 @@ def jit(
             as ``{"layers/.*/mlp": "int4", ".*norm": None}``. A direct call computes with the model's own weights.
         mesh: not available in this version.
         target: of a decoder: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version
-            the CPU has native code, the TPU kernels, and the GPU runs the reference decomposition, compiled by XLA.
+            the CPU has native code, TPUs and NVIDIA GPUs have kernels, and what has none runs as its reference
+            decomposition, compiled by XLA.
 
     Returns:
         A `Jitted`, or without ``fn`` a decorator that makes one.

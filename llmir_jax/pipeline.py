@@ -45,7 +45,7 @@ from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Wei
 
 if TYPE_CHECKING:
     from llmir_jax.targets.cpu.weights import Arrangement
-    from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
+    from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 
 PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]], int], Plan]
 """Plans the quantization of weights, from the shape of every parameter, (outputs, inputs) of those that can be
@@ -102,7 +102,7 @@ def derive_step(
     """The step of a plain forward, over pages, at the length it was derived at.
 
     `kv_cache` is what keys and values are kept as, of `KV_CACHES`; None leaves that to the plan of the weights, or else
-    to what the model computes. `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    to what the model computes. `target`, one of `LAYOUTS`, says how quantized weights are laid out.
     """
     start = time.perf_counter()
     derived = derive(
@@ -164,13 +164,13 @@ def specialize_step(
     recorder: Recorder,
     arrangement: "Arrangement | None" = None,
     cache: DiskCache | None = None,
-    tpu: "LowerToTpuPass | None" = None,
+    kernels: "LowerToKernelsPass | None" = None,
 ) -> ModuleOp:
     """The step for `tokens` tokens, lowered to what runs: native code where its parameters have an `arrangement`,
-    a TPU's kernels by `tpu`, else the reference decomposition."""
+    a target's `kernels`, else the reference decomposition."""
     module = derived.module.clone()
     rows = derived.max_seqs
-    lower: ModulePass = tpu or LowerToReferencePass()
+    lower: ModulePass = kernels or LowerToReferencePass()
     if arrangement is not None:
         from llmir_jax.transforms.lower_to_cpu import LowerToCpuPass  # here, since other targets need no LLVM
 

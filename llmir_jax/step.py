@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
-from xdsl.ir import Attribute, BlockArgument
+from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.dense import element_dtype
@@ -22,11 +22,10 @@ from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
 from llmir_jax.runtime.batch import Cache, CacheGroup, Pages, StepBatch
 from llmir_jax.step_record import NativeParts, StepRecord
 from llmir_jax.stored_step import StoredStep
-from llmir_jax.targets.tpu import find_attention, served_pages
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
-from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass, Unserved
+from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass, Unserved
 from llmir_jax.weights import Weight, WeightSource, describe, fill
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class DerivedStep:
         notes: Sequence[str] = (),
         stored: StoredStep | None = None,
         record: StepRecord | None = None,
-        tpu: LowerToTpuPass | None = None,
+        kernels: LowerToKernelsPass | None = None,
     ):
         """
         Args:
@@ -63,13 +62,13 @@ class DerivedStep:
             notes: for the report, before the derivation's own.
             stored: where the step is kept on disk, if it is.
             record: of the step, if it was found there.
-            tpu: lowers it to a TPU's kernels, where they serve it.
+            kernels: lowers it to its target's kernels, where they serve it.
         """
         self._derive = derived if callable(derived) else None
         self._recorder = recorder
         self._stored = stored
-        self.tpu = tpu
-        """How it is lowered to a TPU's kernels, if it is."""
+        self.kernels = kernels
+        """How it is lowered to its target's kernels, if it is."""
         self._modules: dict[int, ModuleOp] = {}
         self._executables: dict[int, Executable] = {}
         if record is None:
@@ -157,21 +156,22 @@ class DerivedStep:
     @cached_property
     def unserved(self) -> Unserved:
         """What has no kernel, of the kinds of operations that the target has kernels for, and why."""
-        return {} if self.tpu is None else self.tpu.unserved(self._derived.module)
+        return {} if self.kernels is None else self.kernels.unserved(self._derived.module)
 
     @cached_property
     def _kernel_pages(self) -> frozenset[int]:
         """Arguments that hold pages as a kernel wants them."""
-        if self.tpu is None:
-            return frozenset()
-        ops = list(main_function(self._derived.module).body.block.ops)
-        served = (fused for fused in find_attention(ops) if fused.reason(self.tpu.max_tokens) is None)
-        return frozenset(
-            pages.index
-            for fused in served
-            for pages in (fused.write.k_pages, fused.write.v_pages)
-            if isinstance(pages, BlockArgument)
-        )
+        return frozenset() if self.kernels is None else self.kernels.kernel_pages(self._derived.module)
+
+    def _stored_type(self, index: int) -> Attribute:
+        """The type of an argument that holds pages, as a kernel wants it where one serves it."""
+        kind = self._args[index].type
+        return self.kernels.page_type(kind) if self.kernels is not None and index in self._kernel_pages else kind
+
+    def _row_width(self, index: int) -> int | None:
+        """Elements of a row of these pages, where a kernel wants them in rows."""
+        kind = self._stored_type(index)
+        return kind.get_shape()[2] if isinstance(kind, TensorType) and index in self._kernel_pages else None
 
     def _role(self, index: int) -> str | None:
         role = self._attributes[index].get(signature.ROLE)
@@ -199,7 +199,7 @@ class DerivedStep:
                     head_dim=head_dim,
                     dtype=element_dtype(pages.element_type),
                     quantized_bits=quantized_bits,
-                    row_width=served_pages(pages).get_shape()[2] if indices[0] in self._kernel_pages else None,
+                    row_width=self._row_width(indices[0]),
                     window=_number(self._attributes[indices[0]], WINDOW),
                     num_pages=num_pages,
                     page_size=page_size,
@@ -211,10 +211,10 @@ class DerivedStep:
         """Zeroed pages."""
 
         def pages(index: int) -> Pages:
-            kind = self._args[index].type
+            kind = self._stored_type(index)
             if isinstance(kind, llm.QuantizedTensorType):
                 return tuple(_zeros(part) for part in kind.parts())
-            return _zeros(served_pages(kind) if index in self._kernel_pages else kind)
+            return _zeros(kind)
 
         layers: dict[int, dict[int, dict[str, Pages]]] = {}
         for index, attributes in enumerate(self._attributes):
@@ -232,7 +232,7 @@ class DerivedStep:
         if bucket not in self._modules:
             cache = None if self._stored is None else self._stored.cache
             self._modules[bucket] = specialize_step(
-                self._derived, bucket, self._recorder, self._arrangement, cache, self.tpu
+                self._derived, bucket, self._recorder, self._arrangement, cache, self.kernels
             )
         return self._modules[bucket]
 
@@ -255,8 +255,8 @@ class DerivedStep:
     @cached_property
     def native_key(self) -> tuple[Any, ...]:
         """What native code, or the choice of kernels, depends on besides the step."""
-        if self.tpu is not None:
-            return self.tpu.name, self.tpu.max_tokens, self.tpu.interpret, self.tpu.chip
+        if self.kernels is not None:
+            return self.kernels.key
         if not self.is_native:
             return ()
         from llmir_jax.targets.cpu.host import this_host

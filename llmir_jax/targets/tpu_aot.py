@@ -96,7 +96,7 @@ def compile_for_tpu(
     layers = len(find_attention(list(main_function(derived.module).body.block.ops)))
     compiled = []
     for count in tokens:
-        module = specialize_step(derived, count, recorder, tpu=lower)
+        module = specialize_step(derived, count, recorder, kernels=lower)
         attributes = signature.argument_attributes(main_function(module))
         pages = [i for i, entry in enumerate(attributes) if signature.role_of(entry) in ("k_pages", "v_pages")]
         program = _compile(executable(module), device, pages)

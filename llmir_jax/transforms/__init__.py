@@ -16,6 +16,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "kv-cache-pruning": ("kv_cache_pruning", "KVCachePruningPass"),
     "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "lower-to-cpu": ("lower_to_cpu", "LowerToCpuPass"),
+    "lower-to-gpu": ("lower_to_gpu", "LowerToGpuPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
     "lower-to-tpu": ("lower_to_tpu", "LowerToTpuPass"),
     "matrix-weights": ("matrix_weights", "MatrixWeightsPass"),

@@ -1,5 +1,6 @@
 """The public function: what it takes is checked here, and here is decided what computes it."""
 
+import importlib.util
 import math
 from typing import Literal
 
@@ -7,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.chips import Chip, UnknownChipError, chip_of
-from pallas_kernels.quantized_matmul import tpu
+from pallas_kernels.chips import Chip, UnknownChipError, capability_of, chip_named, chip_of
+from pallas_kernels.quantized_matmul import gpu, tpu
+from pallas_kernels.quantized_matmul.gpu import GpuTiles
 from pallas_kernels.quantized_matmul.reference import GATES, quantized_matmul_reference
 from pallas_kernels.quantized_matmul.tpu import TpuTiles
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 
-Backend = Literal["tpu", "reference"]
+Backend = Literal["tpu", "gpu", "reference"]
 
 
 class UnsupportedError(ValueError):
@@ -33,6 +35,8 @@ def unsupported_reason(
     """
     if backend == "tpu":
         return tpu.unsupported_reason(x, weight, activation_group_size)
+    if backend == "gpu":
+        return gpu.unsupported_reason(x, weight, activation_group_size)
     return None
 
 
@@ -49,14 +53,14 @@ def quantized_matmul(
     out_dtype: DTypeLike | None = None,
     backend: Backend | None = None,
     chip: Chip | None = None,
-    tiles: TpuTiles | None = None,
+    tiles: TpuTiles | GpuTiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y = (f(gate) · x) · wᵀ + bias + residual, summed in float32: [..., N]. Traceable.
 
     Args:
         x: floats [..., K].
-        weight: w [N, K]; in columns for the TPU kernel.
+        weight: w [N, K]; in columns for the TPU kernel, in rows for the GPU kernel.
         gate: of x's shape and dtype; x is multiplied with f of it first (f(gate) · up, then down).
         gate_function: f, "silu", "gelu_tanh" or "relu".
         activation_group_size: round x to 8 bits, so many of its elements along K by their largest value (K: each row);
@@ -65,16 +69,18 @@ def quantized_matmul(
         bias: floats [N].
         residual: floats [..., N].
         out_dtype: of y, x's by default.
-        backend: "tpu" or "reference"; by default what JAX's default device has a kernel for, else the reference.
+        backend: "tpu", "gpu" (which needs the gpu extra) or "reference"; by default the kernel of JAX's default device,
+            and where it has none that takes these, the reference.
         chip: what is compiled for, by default JAX's default device; needed to compile for a TPU that is not here.
         tiles: in place of those that the model of the chip's memory chooses.
-        interpret: whether to run the kernel in Pallas's interpreter, for its numbers.
+        interpret: whether to run the TPU kernel in Pallas's interpreter, for its numbers.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
         UnsupportedError: `backend` has no kernel for these; `unsupported_reason` says so beforehand.
         TileError: tiles that do not fit the chip, with the numbers, before anything is compiled.
-        UnknownChipError: "tpu" on a device that is none, without `chip`.
+        UnknownChipError: a kernel is asked for on a device that is not in the table of chips, without `chip`.
+        ImportError: "gpu" without jax-triton.
     """
     _check(x, weight, gate, gate_function, activation_group_size, activation_scales, bias, residual)
     chosen = _default_backend(x, weight, activation_group_size) if backend is None else backend
@@ -92,25 +98,47 @@ def quantized_matmul(
     }
     if chosen == "reference" or not math.prod(rows.shape):
         y = quantized_matmul_reference(rows, weight, **parts)  # type: ignore[arg-type]
-    elif chosen == "tpu":
-        reason = unsupported_reason("tpu", x, weight, activation_group_size=activation_group_size)
+    elif chosen in ("tpu", "gpu"):
+        reason = unsupported_reason(chosen, x, weight, activation_group_size=activation_group_size)
         if reason is not None:
             raise UnsupportedError(f"quantized_matmul: {reason}; backend='reference' takes it")
-        found = chip_of(jax.devices()[0]) if chip is None else chip
-        y = tpu.quantized_matmul_tpu(rows, weight, chip=found, tiles=tiles, interpret=interpret, **parts)  # type: ignore[arg-type]
+        found = _chip_here() if chip is None else chip
+        if found.platform != chosen or not isinstance(tiles, (TpuTiles if chosen == "tpu" else GpuTiles) | None):
+            raise ValueError(
+                f"quantized_matmul: backend {chosen!r} on {found.name} with tiles {tiles}: not of one kind"
+            )
+        if isinstance(tiles, GpuTiles) or chosen == "gpu":
+            assert not isinstance(tiles, TpuTiles)
+            y = gpu.quantized_matmul_gpu(rows, weight, chip=found, tiles=tiles, **parts)  # type: ignore[arg-type]
+        else:
+            y = tpu.quantized_matmul_tpu(rows, weight, chip=found, tiles=tiles, interpret=interpret, **parts)  # type: ignore[arg-type]
     else:
-        raise ValueError(f"quantized_matmul: backend must be 'tpu' or 'reference', got {chosen!r}")
+        raise ValueError(f"quantized_matmul: backend must be 'tpu', 'gpu' or 'reference', got {chosen!r}")
     return y.reshape(*x.shape[:-1], n)
 
 
-def _default_backend(x: jax.Array, weight: QuantizedWeight, activation_group_size: int | None) -> Backend:
-    if unsupported_reason("tpu", x, weight, activation_group_size=activation_group_size) is not None:
-        return "reference"
+def _chip_here() -> Chip:
+    """That of JAX's default device; of a GPU that is not in the table, one of its compute capability."""
+    device = jax.devices()[0]
     try:
-        chip = chip_of(jax.devices()[0])
+        return chip_of(device)
+    except UnknownChipError:
+        capability = capability_of(device)
+        if capability is None:
+            raise
+        return chip_named(f"sm{capability}")
+
+
+def _default_backend(x: jax.Array, weight: QuantizedWeight, activation_group_size: int | None) -> Backend:
+    try:
+        chip = _chip_here()
     except UnknownChipError:
         return "reference"
-    return "tpu" if chip.platform == "tpu" else "reference"
+    if unsupported_reason(chip.platform, x, weight, activation_group_size=activation_group_size) is not None:
+        return "reference"
+    if chip.platform == "gpu" and importlib.util.find_spec("jax_triton") is None:
+        return "reference"
+    return chip.platform
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""`llm.quantized_matmul` on a TPU: the kernel of `pallas_kernels.quantized_matmul`, for weights in columns."""
+"""`llm.quantized_matmul` by the kernels of `pallas_kernels.quantized_matmul`: in columns for TPUs, in rows for GPUs."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def _weight(kind: llm.QuantizedTensorType, parts: list[Any]) -> QuantizedWeight:
         zero_points=None if has_minima else offset,
         minima=offset if has_minima else None,
         bits=kind.integer_type.width.data,
-        layout="columns",
+        layout="columns" if kind.in_columns else "rows",
     )
 
 
@@ -55,7 +55,7 @@ def matmul_kernel(op: llm.QuantizedMatmulOp, chip: Chip, interpret: bool) -> Ref
             activation_group_size=group_size,
             activation_scales=scales,
             out_dtype=dtype,
-            backend="tpu",
+            backend=chip.platform,
             chip=chip,
             interpret=interpret,
         )
@@ -74,13 +74,15 @@ def matmul_reason(op: llm.QuantizedMatmulOp, chip: Chip) -> str | None:
     kind = op.w.type
     if not isinstance(kind, llm.QuantizedTensorType):
         return f"the weight is {kind}, not of one width with its scales"
-    if not kind.in_columns:
-        return "the weight is in rows: something else than products reads it"
+    if kind.in_columns != (chip.platform == "tpu"):
+        return f"the weight is in {kind.layout.data}: something else than products reads it"
     x, parts = _struct(op.x.type), [_struct(part) for part in kind.parts()]
     weight = _weight(kind, parts)
     if (problem := weight.problem()) is not None:
         return problem
-    if (reason := unsupported_reason("tpu", x, weight, activation_group_size=_activation_group_size(op))) is not None:
+    if (
+        reason := unsupported_reason(chip.platform, x, weight, activation_group_size=_activation_group_size(op))
+    ) is not None:
         return reason
     scales = [] if op.activation_scales is None else [_struct(op.activation_scales.type)]
     try:
