@@ -106,8 +106,8 @@ def test_the_tpu_kernel_agrees_with_the_reference(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(5))
-@settings(max_examples=40, deadline=None, derandomize=False)
+@pytest.mark.parametrize("part", range(10))
+@settings(max_examples=20, deadline=None, derandomize=False)
 @given(case=cases())
 def test_the_tpu_kernel_agrees_with_the_reference_on_many(case: dict[str, Any], part: int) -> None:
     run_tpu(case)

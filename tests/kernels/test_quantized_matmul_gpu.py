@@ -69,8 +69,8 @@ def test_the_gpu_kernel_agrees_with_the_reference(case: dict[str, Any], interpre
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
-@settings(max_examples=25, deadline=None, derandomize=False)
+@pytest.mark.parametrize("part", range(10))
+@settings(max_examples=20, deadline=None, derandomize=False)
 @given(case=cases())
 def test_the_gpu_kernel_agrees_with_the_reference_on_many(
     case: dict[str, Any], part: int, interpreter: Interpreter
