@@ -108,7 +108,7 @@ def unsupported_reason(
     return None
 
 
-def _buffers(plan: _Plan, tiles: TpuTiles) -> list[Buffer]:
+def buffers_of(plan: _Plan, tiles: TpuTiles) -> list[Buffer]:
     bm, bn, k, groups = tiles.tile_m, tiles.tile_n, plan.k, plan.num_groups
     chunk = plan.chunk(bm)
     spread = 1 if plan.span == k or plan.rounds_weights(bm) else max(1, chunk // plan.span)
@@ -161,9 +161,9 @@ def _tiles(plan: _Plan, chip: Chip, given: TpuTiles | None) -> TpuTiles:
                 f"{subject}: tile_m must be a multiple of {rows} and tile_n of {LANES}, "
                 f"got {given.tile_m} and {given.tile_n}"
             )
-        check_fits(f"{subject}, tiles {given.tile_m} × {given.tile_n}", _buffers(plan, given), chip, REMEDY)
+        check_fits(f"{subject}, tiles {given.tile_m} × {given.tile_n}", buffers_of(plan, given), chip, REMEDY)
         return given
-    return choose(subject, candidates(plan.m, plan.n, plan.x_dtype), functools.partial(_buffers, plan),
+    return choose(subject, candidates(plan.m, plan.n, plan.x_dtype), functools.partial(buffers_of, plan),
                   functools.partial(_seconds, plan, chip=chip), chip, REMEDY)  # fmt: skip
 
 
@@ -407,4 +407,4 @@ def _num_bytes(arrays: Sequence[jax.Array]) -> int:
     return sum(array.size * num_bits(array.dtype) // 8 for array in arrays)
 
 
-__all__ = ["TpuTiles", "candidates", "quantized_matmul_tpu", "unsupported_reason"]
+__all__ = ["TpuTiles", "buffers_of", "candidates", "quantized_matmul_tpu", "unsupported_reason"]
