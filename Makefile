@@ -1,5 +1,6 @@
 # make demo: a question answered by SmolLM2-135M.   make test: the tests.   make accuracy: what quantization costs it.
-# make bench: how fast it is beside llama.cpp and OpenVINO.   PYTHON=python3.13 chooses another Python.
+# make bench: how fast it is beside llama.cpp and OpenVINO.   make gpu-check: kernels on an NVIDIA GPU.
+# PYTHON=python3.13 chooses another Python.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ LLAMACPP ?= $(BIN)/python
 OPENVINO ?= $(BIN)/python
 REPEATS ?= 3
 
-.PHONY: demo test accuracy bench lint clean
+.PHONY: demo test accuracy bench gpu-check lint clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/llmir generate "What is the capital of France?"
@@ -34,13 +35,27 @@ bench: $(VENV)/.installed
 	@echo
 	@$(BENCH) -q w8a8
 
+# On a machine with an NVIDIA GPU, with Python 3.12 or later: are its kernels right, how fast are they, and models with them.
+# In an environment of its own, since jax-triton wants JAX 0.11. GPU_CHECK=--dry-run goes through it without a GPU.
+GPU_VENV ?= .venv-gpu
+GPU_CHECK ?=
+gpu-check: $(GPU_VENV)/.installed
+	@$(GPU_VENV)/bin/python -m llmir_jax.bench.gpu_check $(GPU_CHECK)
+
+$(GPU_VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("gpu-check: Python 3.12 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": give PYTHON=…" if sys.version_info < (3, 12) else 0)'
+	$(PYTHON) -m venv $(GPU_VENV)
+	@echo "installing into $(GPU_VENV): some minutes, once"
+	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu]' 'jax[cuda12]>=0.11,<0.12'
+	@touch $@
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that exists is kept: only what pyproject.toml asks for is brought up to date.

@@ -1,16 +1,21 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from llmir_jax.analysis.cost import StepCost, step_cost
+from llmir_jax.analysis.cost import step_cost
+from llmir_jax.auto_mesh import AUTO, ChosenMesh, choose_mesh
 from llmir_jax.calibrate import Planner
 from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
@@ -18,21 +23,33 @@ from llmir_jax.disk_cache import DiskCache, open_cache
 from llmir_jax.errors import LlmirError
 from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import KV_CACHES, Recorder, derive_step, text_of
+from llmir_jax.pipelined_step import PipelinedStep
+from llmir_jax.placement import MeshOption, Placement, as_mesh
 from llmir_jax.plain_forward import PlainForward
-from llmir_jax.quantization import Calibration, Quantize
+from llmir_jax.processes import num_processes, shared_seeds, watch
+from llmir_jax.quantization import Calibration, MixedPrecision, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
 from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
+from llmir_jax.runtime.replicas import ReplicatedEngine
 from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
+from llmir_jax.runtime.snapshots import Snapshots
 from llmir_jax.runtime.text import Tokenizer
 from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
+from llmir_jax.targets.gpu import kernels_for
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
-from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, self_check
+from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
+from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
+from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
+from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, most_rows, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
+from pallas_kernels.chips import Chip, chip_of
+from sharding.mesh import DATA, PIPELINE, sub_meshes
+from sharding.step_cost import StepCost
 
 STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
@@ -48,9 +65,13 @@ def _check_sizes(**sizes: int) -> None:
             raise LlmirError(f"decoder: {name} must be a whole number of at least 1, got {value!r}")
 
 
-def _check_target(target: str | None) -> str:
+def _check_target(target: str | None, interpret: bool) -> str:
     """The platform that the decoder runs on."""
     platform = jax.default_backend()
+    if interpret and target != "tpu":
+        raise LlmirError(f"decoder: interpret=True is of the kernels of target='tpu', got target={target!r}")
+    if interpret:
+        return platform
     if target not in (None, "reference", platform) and not (target == "gpu" and platform in ("cuda", "rocm")):
         raise LlmirError(
             f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
@@ -65,11 +86,22 @@ def _native_kv_cache() -> str | None:
     return "float16" if this_host().has_half else None
 
 
-def _layout_target(platform: str) -> str:
+def _layout_target(platform: str, target: str | None, has_gpu_kernels: bool) -> str:
     """The target that quantized weights are laid out for."""
-    if platform in ("cuda", "rocm"):
-        return "gpu"
+    if target == "tpu":
+        return target
+    if platform in ("gpu", "cuda", "rocm"):
+        return "gpu" if has_gpu_kernels else "gpu-reference"
     return platform if platform in LAYOUTS else "reference"
+
+
+def _kernel_text(kernel: str, reference: str, count: int, reasons: Mapping[str, int]) -> str:
+    """What serves so many operations, and why not the kernel where not."""
+    if not reasons:
+        return kernel
+    others = [f"{number} by {reference}: {reason}" for reason, number in reasons.items()]
+    served = count - sum(reasons.values())
+    return "; ".join([f"{served} by {kernel}", *others] if served else others)
 
 
 def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
@@ -80,6 +112,42 @@ def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[i
             raise LlmirError("decoder: buckets must not be empty; leave it out for the default")
         return tuple(sorted({*buckets, max(max_seqs, *buckets)}))
     return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
+
+
+def _derive_alone(
+    forward: Callable[[Any, jax.Array], jax.Array],
+    model: Any,
+    quantize: Quantize,
+    max_seq_len: int | None,
+    placement: Placement,
+    *,
+    max_seqs: int,
+    page_size: int,
+    num_pages: int,
+    kv_cache: str | None,
+) -> Derived:
+    """The step on one device, from shapes alone, for its cost."""
+    if isinstance(quantize, MixedPrecision):
+        raise LlmirError("mesh='auto' takes quantize as a scheme or rules, not mixed precision: give the axes")
+    shapes = ModelWeights([p.path for p in flatten_forward(forward, model).params], flatten_params(model))
+
+    def trace_at(length: int) -> Traced:
+        return trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
+
+    planner = Planner(quantize, shapes, trace_at=trace_at, target="reference")
+    return derive_step(
+        trace_at,
+        None,
+        max_seqs=max_seqs,
+        max_seq_len=min(max_seq_len or num_pages * page_size, num_pages * page_size),
+        page_size=page_size,
+        num_pages=num_pages,
+        recorder=Recorder(),
+        plan_weights=None if quantize is None else planner.plan,
+        kv_cache=kv_cache,
+        target="tpu",
+        placement=placement,
+    )
 
 
 class Decoder:
@@ -131,10 +199,13 @@ class Decoder:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] | None = None,
         target: str | None = None,
+        interpret: bool = False,
         quantize: Quantize = None,
         calibration: Calibration | None = None,
         kv_cache: str | None = None,
         burst: float = BURST,
+        mesh: MeshOption = None,
+        rules: Mapping[str, Any] | None = None,
         source: WeightSource | None = None,
         program: str | None = None,
         seed: int = 0,
@@ -144,7 +215,7 @@ class Decoder:
         Args:
             num_pages: pages of KV cache, for each group of layers that shares a page table.
             page_size: tokens a page.
-            max_seqs: sequences served at once.
+            max_seqs: sequences served at once; on a mesh with `data`, by each copy of the model.
             max_seq_len: tokens of the longest sequence; None for as many as all pages hold.
             buckets: numbers of token rows to compile the step for; None for 1, max_seqs, 64 and 512.
             prefill_chunk: the most tokens of one prompt a step computes.
@@ -152,7 +223,10 @@ class Decoder:
             tokenizer: for text and stop strings; None for token ids only.
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is. On a
-                CPU the step is native code where it can be; the report says why not where it is not.
+                CPU the step is native code where it can be, on TPUs and GPUs kernels are called; the report says why
+                not where it is not so.
+            interpret: with target="tpu", run its kernels interpreted on the platform there is: slow, to check what a
+                TPU would compute.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see
                 `llmir_jax.quantization.rules`), or `MixedPrecision`.
             calibration: text that is run through the model, to round weights by what it shows and to find static scales
@@ -162,6 +236,11 @@ class Decoder:
                 leaves activations to the target as "int4" does, what that takes: on a CPU float16.
             burst: seconds that the tokens of one call of the device may take while all requests decode, so that they
                 come several at a time; 0 for one at a time. No token depends on it.
+            mesh: devices to share the work: a `jax.sharding.Mesh` with axes of `sharding.AXES`, or their sizes such as
+                "tensor=3,sequence=2", or "auto" for the layout whose steps take the least time by the cost model (see
+                `llmir_jax.auto_mesh`). None for one device. No token depends on it, but for ties to the last bits.
+            rules: on a mesh, where parameters live: by the path, an axis or None for each of the last dimensions, such
+                as {"mlp/up/kernel": (None, "tensor")}; before those of `sharding.DEFAULT_RULES`.
             source: reads the values of the parameters one at a time; then `model` may be shapes only.
             program: tells what `forward` computes from all else it may compute, beside the model's arrays;
                 what is derived is then kept on disk for later starts (see `llmir_jax.disk_cache`). None: it is not.
@@ -177,8 +256,44 @@ class Decoder:
             _check_sizes(max_seq_len=max_seq_len)
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
-        platform = _check_target(target)
-        native = platform == "cpu" and target in (None, "cpu")
+        platform = _check_target(target, interpret)
+        chosen: ChosenMesh | None = None
+        if mesh == AUTO:
+            derive_alone = partial(
+                _derive_alone,
+                forward,
+                model,
+                quantize,
+                max_seq_len,
+                max_seqs=max_seqs,
+                page_size=page_size,
+                num_pages=num_pages,
+                kv_cache=kv_cache,
+            )
+            context = min(max_seq_len or num_pages * page_size, num_pages * page_size // max_seqs or 1)
+            chosen = choose_mesh(derive_alone, max_seqs=max_seqs, context=context, rules=rules)
+            mesh = chosen.axes
+        on_mesh = as_mesh(mesh)
+        copies = () if on_mesh is None else tuple(sub_meshes(own, PIPELINE) for own in sub_meshes(on_mesh, DATA))
+        num_stages = len(copies[0]) if copies else 1
+        placement = None if on_mesh is None else Placement.of(copies[0][0], rules)
+        for axis, size in ((DATA, len(copies)), (PIPELINE, num_stages)):
+            if size > 1 and num_processes() > 1:
+                raise LlmirError(f"mesh: {axis} = {size} is served in one process only, not in {num_processes()}")
+        if placement is not None:
+            watch()
+        elif num_processes() > 1:
+            raise LlmirError(
+                f"decoder: {num_processes()} processes have joined, but there is no mesh for them: give one of all "
+                f"{len(jax.devices())} devices, such as mesh='tensor={len(jax.devices())}'"
+            )
+        if placement is None and rules is not None:
+            raise LlmirError("decoder: rules say where parameters live on a mesh: give mesh too, or leave them out")
+        native = platform == "cpu" and target in (None, "cpu") and placement is None
+        is_gpu = platform == "gpu" and target in (None, "gpu") and placement is None
+        gpu = kernels_for(jax.devices()[0]) if is_gpu else None
+        # on a mesh in columns: there a product is one operation, which XLA can partition
+        layout_target = "tpu" if placement is not None else _layout_target(platform, target, isinstance(gpu, Chip))
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         texts: dict[str, str] = {}
@@ -221,16 +336,19 @@ class Decoder:
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
                 kv_cache=kv_cache,
-                target=_layout_target(platform),
+                target=layout_target,
+                placement=placement,
+                num_stages=num_stages,
             )
             texts["llm"] = derived.text
             return derived
 
         cache = open_cache()
         stored: StoredStep | None = None
-        if cache is not None and program is not None and calibration is None and not source.activation_scales:
+        is_kept = placement is None and calibration is None and not source.activation_scales
+        if cache is not None and program is not None and is_kept:
             sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
-            target_key = (platform, _layout_target(platform), native)
+            target_key = (platform, layout_target, native)
             weights_key = (source.matrices, source.stored)
             stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
         record = None if stored is None else stored.record()
@@ -241,25 +359,76 @@ class Decoder:
             give_back()  # what tracing and the passes have left
         facts = record or derived
         assert facts is not None
+        notes = [*planner.notes, *([] if chosen is None else [f"mesh: auto: {chosen.why}"])]
+        token_buckets = _buckets(buckets, max_seqs, facts.max_seq_len * max_seqs)
+        kernels: LowerToKernelsPass | None = None
+        if placement is not None:
+            if platform in ("tpu", "gpu"):
+                notes.append("no kernels on a mesh in this version: steps are partitioned as reference decompositions")
+        elif target == "tpu" or (target is None and platform == "tpu"):
+            chip = chip_of(jax.devices()[0]).name if platform == "tpu" else LowerToTpuPass.chip
+            kernels = LowerToTpuPass(max_tokens=token_buckets[-1], interpret=interpret, chip=chip)
+        elif isinstance(gpu, Chip):
+            kernels = LowerToGpuPass(max_tokens=token_buckets[-1], chip=gpu.name)
+        elif gpu is not None:
+            notes.append(f"no kernels for the GPU: {gpu}")
+
+        def make_step(meshes: Sequence[Mesh]) -> DerivedStep:
+            if len(meshes) > 1:
+                assert derived is not None
+                return PipelinedStep(
+                    derived,
+                    source,
+                    meshes=meshes,
+                    rounding=planner.rounding,
+                    max_seqs=max_seqs,
+                    buckets=token_buckets,
+                    recorder=recorder,
+                    notes=notes,
+                )
+            own = derived
+            if meshes and derived is not None and derived.placement is not None:
+                own = replace(derived, placement=derived.placement.on(meshes[0]))
+            return DerivedStep(
+                own,
+                source,
+                derive=derive,
+                rounding=planner.rounding,
+                max_seqs=max_seqs,
+                buckets=token_buckets,
+                recorder=recorder,
+                native=native,
+                notes=notes,
+                stored=stored if is_pure[0] else None,
+                record=record,
+                placement=placement,
+                kernels=kernels,
+            )
+
+        step, *others = [make_step(meshes) for meshes in copies or ((),)]
+        derived = None  # the steps have it for as long as they need to
+        if verify:
+            step.lower_ahead(most_rows(max_seqs))
         start = time.perf_counter()
-        step = DerivedStep(
-            derived or derive,
-            source,
-            rounding=planner.rounding,
-            max_seqs=max_seqs,
-            buckets=_buckets(buckets, max_seqs, facts.max_seq_len * max_seqs),
-            recorder=recorder,
-            native=native,
-            notes=planner.notes,
-            stored=stored if is_pure[0] else None,
-            record=record,
-        )
+        for each in (step, *others):
+            _ = each.params  # are read now
         recorder.seconds["weights"] = time.perf_counter() - start
+        give_back(collect=False)  # what reading and packing them has left, and code that ran for the first time only
         if eos_token_ids is None:
             eos_token_ids = tuple(getattr(tokenizer, "eos_ids", ()))
-        engine = Engine(
-            step, tokenizer=tokenizer, eos_token_ids=eos_token_ids, prefill_chunk=prefill_chunk, burst=burst
-        )
+        options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "eos_token_ids": eos_token_ids,
+            "prefill_chunk": prefill_chunk,
+            # processes that time their steps themselves would choose differently; stages are no one program
+            "burst": burst if num_stages == 1 and (placement is None or num_processes() == 1) else 0.0,
+            "draw_seed": shared_seeds() if placement is not None else lambda: secrets.randbits(32),
+        }
+        if others:
+            every = (step, *others)
+            engine: Engine = ReplicatedEngine(every, [own.placement for own in every], **options)
+        else:
+            engine = Engine(step, placement=step.placement, **options)
         decoder = cls(
             step=step,
             engine=engine,
@@ -272,10 +441,11 @@ class Decoder:
             stored=stored if is_pure[0] else None,
             cache=cache,
         )
-        del derived, facts  # the step has them for as long as it needs to
+        del facts, others  # the step has what it needs for as long as it needs to
         if verify:
             decoder._check = decoder._self_check(seed)
-            give_back()
+            if not decoder._is_check_remembered:
+                give_back()
         return decoder
 
     # Serving
@@ -307,9 +477,16 @@ class Decoder:
         self,
         prompts: Sequence[ArrayLike],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        snapshots: str | Path | None = None,
     ) -> list[RequestOutput]:
-        """As `generate`, with text, log-probabilities and reasons."""
-        return self._engine.generate(prompts, params)
+        """As `generate`, with text, log-probabilities and reasons.
+
+        `snapshots` is a folder, on a file system that all processes see, where how far the requests are is kept while
+        they are computed: after a restart the same call goes on from there. It is empty when they have ended. Raises
+        CheckpointError if it has those of other requests.
+        """
+        return self._engine.generate(prompts, params, snapshots=None if snapshots is None else Snapshots(snapshots))
 
     def stream(self, prompt: ArrayLike, params: SamplingParams | None = None) -> Iterator[RequestUpdate]:
         """The answer to one prompt, as it comes. Closing the iterator frees its pages."""
@@ -425,6 +602,12 @@ class Decoder:
         for name, those in in_xla.items():
             between = f"XLA, between calls of native code ({those})"
             found[name] = between if those.count >= counts.get(name, 0) else f"{server}; some by {between}"
+        if self._step.kernels is None:
+            return found
+        for name, kernel in self._step.kernels.titles().items():
+            if name in found:
+                reasons = self._step.unserved.get("llm.attend_pages" if name == "llm.write_pages" else name, {})
+                found[name] = _kernel_text(kernel, server, counts[name], reasons)
         return found
 
     def _server(self) -> str:
@@ -435,9 +618,22 @@ class Decoder:
 
             return f"native code for {this_host()}, {team().size} threads"
         reference = f"the reference decomposition, compiled by XLA for {self._platform}"
+        if self._step.placement is not None:
+            return f"{reference}, partitioned over {self._step.placement}{self._stages()}"
         if self._step.not_native:
             return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
+        if self._step.kernels is not None:
+            return reference
         return f"{reference} (no kernels of its own were asked for)"
+
+    def _stages(self) -> str:
+        text = ""
+        if isinstance(self._step, PipelinedStep):
+            layers = [sum(group.num_layers for group in stage.cache_groups) for stage in self._step.stages]
+            text = f" for each of {len(layers)} stages of {', '.join(map(str, layers))} layers"
+        if self._engine.num_replicas > 1:
+            text += f", and {self._engine.num_replicas} of these for copies of the model"
+        return text
 
     def cost(self) -> StepCost:
         """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""
@@ -470,7 +666,7 @@ class Decoder:
 
         def forward(sequences: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
             shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters]
-            dense = DenseParameters(parameters, weights, self._step.stored, others)
+            dense = DenseParameters(parameters, weights, self._step.on_host, others)
             plain = PlainForward(self._flat.flat_fn, shapes, dense, len(sequences[0]))
             rows = [plain(sequence) for sequence in sequences]
             del plain

@@ -24,12 +24,14 @@ from llmir_jax.analysis.token_axis import TokenAxis
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import OpBuilder, dtype_of, shape_of, tensor
 from llmir_jax.errors import LlmirError, UnsupportedModelError
+from llmir_jax.placement import Placement
 from llmir_jax.quantization import Plan
 from llmir_jax.trace import Traced
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.check_token_axis import analyse_main, check_token_pointwise
 from llmir_jax.transforms.inline_calls import inline_calls
-from llmir_jax.transforms.raise_attention import AttentionOptions, raise_attention
+from llmir_jax.transforms.judge_weights import AttentionOptions
+from llmir_jax.transforms.raise_attention import raise_attention
 from llmir_jax.transforms.rewrite_positions import gather_bound, rewrite_positions, table_bound
 from llmir_jax.transforms.simplify_inputs import SimplifyInputsPass
 from llmir_jax.transforms.unroll_loops import unroll_loops
@@ -71,6 +73,10 @@ class Derived:
     """The IR over the paged cache, before the cache is laid out."""
     plan: Plan | None = None
     """What became of each parameter, where weights are quantized."""
+    placement: Placement | None = None
+    """Where its arrays live, where it is partitioned over a mesh."""
+    has_logits: bool = True
+    """Whether it is a whole step, or the last stage of one."""
 
 
 class _Traces:

@@ -57,10 +57,14 @@ def cleanup(module: ir.Module, *, fold: bool = True) -> None:
         passmanager.PassManager.parse(f"builtin.module({passes})").run(module.operation)
 
 
-def lower_to_module(fn: Callable[..., Any], *args: Any) -> ModuleOp:
-    """The cleaned-up StableHLO module of a function, jitted or not, of arrays or ShapeDtypeStructs (pytrees too)."""
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    module = jitted.lower(*args).compiler_ir("stablehlo")
+def lower_to_module(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> ModuleOp:
+    """The cleaned-up StableHLO module of a function, jitted or not, of arrays or ShapeDtypeStructs (pytrees too).
+
+    `platform`: "tpu", say, for what it would be there; None for the device that JAX uses.
+    """
+    jitted: Any = fn if hasattr(fn, "lower") else jax.jit(fn)
+    platforms = None if platform is None else (platform,)
+    module = jitted.trace(*args).lower(lowering_platforms=platforms).compiler_ir("stablehlo")
     cleanup(module)
     return import_module(module)
 

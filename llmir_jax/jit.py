@@ -16,6 +16,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_module
+from llmir_jax.placement import MeshOption, check_mesh
 from llmir_jax.quantization import Quantize, check_quantize
 from llmir_jax.trace import (
     ModelTree,
@@ -35,13 +36,18 @@ _OPTIONS = ("quantize", "mesh", "target")
 
 @overload
 def jit(
-    fn: Callable[..., Any], *, quantize: Quantize = None, mesh: Any = None, target: str | None = None, **unknown: Any
+    fn: Callable[..., Any],
+    *,
+    quantize: Quantize = None,
+    mesh: MeshOption = None,
+    target: str | None = None,
+    **unknown: Any,
 ) -> "Jitted": ...
 
 
 @overload
 def jit(
-    fn: None = None, *, quantize: Quantize = None, mesh: Any = None, target: str | None = None, **unknown: Any
+    fn: None = None, *, quantize: Quantize = None, mesh: MeshOption = None, target: str | None = None, **unknown: Any
 ) -> "Callable[[Callable[..., Any]], Jitted]": ...
 
 
@@ -49,7 +55,7 @@ def jit(
     fn: Callable[..., Any] | None = None,
     *,
     quantize: Quantize = None,
-    mesh: Any = None,
+    mesh: MeshOption = None,
     target: str | None = None,
     **unknown: Any,
 ) -> Any:
@@ -60,9 +66,11 @@ def jit(
             return any pytree of arrays; a decoder wants logits, float[batch, seq, vocab].
         quantize: what a decoder's weights become: "int8", "int4", another scheme, or rules by the parameter's path such
             as ``{"layers/.*/mlp": "int4", ".*norm": None}``. A direct call computes with the model's own weights.
-        mesh: not available in this version.
+        mesh: of a decoder: devices to share the work, a `jax.sharding.Mesh` or axes and their sizes such as "tensor=3"
+            (see `sharding`). A direct call computes where its arguments are.
         target: of a decoder: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version
-            the CPU has native code, and the others run the reference decomposition, compiled by XLA.
+            the CPU has native code, TPUs and NVIDIA GPUs have kernels, and what has none runs as its reference
+            decomposition, compiled by XLA.
 
     Returns:
         A `Jitted`, or without ``fn`` a decorator that makes one.
@@ -73,19 +81,20 @@ def jit(
     if unknown:
         raise LlmirError(f"jit has no option {_listed(unknown)}: its options are {_listed(_OPTIONS)}")
     check_quantize(quantize)
-    if mesh is not None:
-        raise LlmirError("mesh is not available in this version of llmir-jax: leave it out")
+    check_mesh(mesh)
     if target is not None and target not in TARGETS:
         raise LlmirError(f"target must be one of {_listed(TARGETS)}, or None for the device JAX uses; got {target!r}")
     if fn is None:
-        return functools.partial(Jitted, target=target, quantize=quantize)
-    return Jitted(fn, target=target, quantize=quantize)
+        return functools.partial(Jitted, target=target, quantize=quantize, mesh=mesh)
+    return Jitted(fn, target=target, quantize=quantize, mesh=mesh)
 
 
 class Jitted:
     """A forward function compiled through the pipeline: call it as the function itself. Made by `llmir.jit`."""
 
-    def __init__(self, fn: Callable[..., Any], *, target: str | None = None, quantize: Quantize = None):
+    def __init__(
+        self, fn: Callable[..., Any], *, target: str | None = None, quantize: Quantize = None, mesh: MeshOption = None
+    ):
         if not callable(fn):
             raise LlmirError(f"jit takes a function of (model, tokens), got {type(fn).__name__}")
         functools.update_wrapper(self, fn)
@@ -94,6 +103,7 @@ class Jitted:
         self._signature = _signature(fn, self._name)
         self._target = target
         self._quantize = quantize
+        self._mesh = mesh
 
         def call_flat(params: list[jax.Array], tokens: jax.Array, tree: ModelTree) -> Any:
             traced, module = self._compile(list(map(shape_of, params)), tree, shape_of(tokens))
@@ -141,6 +151,7 @@ class Jitted:
         if self._target is not None and "target" in known:
             options.setdefault("target", self._target)
         options.setdefault("quantize", self._quantize)
+        options.setdefault("mesh", self._mesh)
         return Decoder.build(self._fn, model, **options)
 
     def _bind(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -95,7 +95,7 @@ class Loaded:
         options["tokenizer"] = self.tokenizer
         options["program"] = program_identity(self.abstract_model)
         forward = jit(self.forward, **compile_options)
-        if compile_options.get("quantize") is None:
+        if compile_options.get("quantize") is None and compile_options.get("mesh") is None:
             return forward.decoder(self.model, **options)
         return forward.decoder(self.abstract_model, source=self.source, **options)
 

@@ -2,18 +2,26 @@
 
 glibc keeps what is freed in blocks of up to 32 MiB, once some of that size were freed. Weights that are packed and
 programs that are compiled leave more of it behind than serving needs afterwards.
+
+The code of large libraries counts as a process's memory as well, from when it first runs: of a compiler, long after it
+ran last. It is the file's, so that the system can take it back at any time; a process that does so itself needs less.
 """
 
 import ctypes
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
 LARGE = 1 << 20
 """Bytes from which on a block is the system's own, and goes back to it when it is freed."""
+
+
+_DONT_NEED = 4  # MADV_DONTNEED of mman.h, the same on all of Linux's architectures but Alpha
+LARGE_CODE = 8 << 20
+"""Bytes of code from which on a library is a large one: LLVM and XLA have more than 50 MB, most others less than 2."""
 
 
 @cache
@@ -37,6 +45,22 @@ def give_back(*, collect: bool = True) -> None:
         gc.collect()
     if (library := _library()) is not None:
         library.malloc_trim(0)
+        for start, stop in _large_code():
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _DONT_NEED)
+
+
+def _large_code() -> Iterator[tuple[int, int]]:
+    """Addresses of the code of large libraries.
+
+    Only what cannot be written to and is run, "r-xp": it is as it is in the file, from which it comes back when it runs
+    again. Data, which the dynamic linker has changed, must stay.
+    """
+    with suppress(OSError), open("/proc/self/maps") as maps:
+        for line in maps:
+            addresses, access, _, _, inode, *path = line.split(maxsplit=5)
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            if access == "r-xp" and inode != "0" and path and stop - start >= LARGE_CODE:
+                yield start, stop
 
 
 @contextmanager

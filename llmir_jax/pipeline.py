@@ -1,6 +1,6 @@
 """The pipeline: which passes run, in which order, and what is kept of each stage.
 
-    trace → derive → cache → raise → quantize → rows → lower
+    trace → derive → cache → raise → quantize → shard → rows → lower
 
 Every pass verifies its result. The step is derived once, at a prime number of tokens, and specialised to each bucket.
 """
@@ -12,26 +12,34 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, TensorType
+from xdsl.ir import SSAValue
 from xdsl.passes import ModulePass
 from xdsl.printer import Printer
 from xdsl.transforms.common_subexpression_elimination import cse
 from xdsl.utils.exceptions import VerifyException
 
 from llmir_jax.derive import Derived, TraceAt, derive
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import shape_of
 from llmir_jax.disk_cache import DiskCache
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.interop import make_context
+from llmir_jax.placement import Placement
 from llmir_jax.quantization import Plan
 from llmir_jax.transforms.activation_quantization import ActivationQuantizationPass
 from llmir_jax.transforms.blockify_kv_cache import BlockifyKVCachePass
+from llmir_jax.transforms.communication_insertion import CommunicationInsertionPass
 from llmir_jax.transforms.hardware_specific_quantization import HardwareSpecificQuantizationPass
 from llmir_jax.transforms.insert_kv_cache import InsertKVCachePass
 from llmir_jax.transforms.kv_cache_allocation import KVCacheAllocationPass
 from llmir_jax.transforms.kv_cache_precision import KVCachePrecisionPass
 from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
 from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
+from llmir_jax.transforms.kv_cache_sharding import KVCacheShardingPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
+from llmir_jax.transforms.memory_planning import MemoryPlanningPass
+from llmir_jax.transforms.model_partitioning import ModelPartitioningPass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
 from llmir_jax.transforms.quantized_operation_fusion import QuantizedOperationFusionPass
 from llmir_jax.transforms.raise_gated_mlp import RaiseGatedMLPPass
@@ -45,6 +53,7 @@ from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Wei
 
 if TYPE_CHECKING:
     from llmir_jax.targets.cpu.weights import Arrangement
+    from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 
 PlanWeights = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, int]], int], Plan]
 """Plans the quantization of weights, from the shape of every parameter, (outputs, inputs) of those that can be
@@ -97,11 +106,14 @@ def derive_step(
     plan_weights: PlanWeights | None = None,
     kv_cache: str | None = None,
     target: str = "reference",
+    placement: Placement | None = None,
+    num_stages: int = 1,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at.
 
     `kv_cache` is what keys and values are kept as, of `KV_CACHES`; None leaves that to the plan of the weights, or else
-    to what the model computes. `target` ("cpu", "gpu", "tpu" or "reference") says how quantized weights are laid out.
+    to what the model computes. `target`, one of `LAYOUTS`, says how quantized weights are laid out. With a `placement`
+    it is partitioned over its mesh, on which `derived.placement` then is; `num_stages` are to be cut of it.
     """
     start = time.perf_counter()
     derived = derive(
@@ -133,7 +145,8 @@ def derive_step(
             module,
             WeightQuantizationPass(plan=derived.plan),
             ActivationQuantizationPass(plan=derived.plan),
-            QuantizedOperationFusionPass(),
+            # on a mesh every matrix is split by itself
+            *([QuantizedOperationFusionPass()] if placement is None else []),
             HardwareSpecificQuantizationPass(target=target),
         )
     recorder.run(module, RaiseGatedMLPPass())
@@ -148,7 +161,34 @@ def derive_step(
         )
     recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
+    if placement is not None:
+        placement = _for_attention(module, placement)
+        recorder.run(
+            module,
+            ModelPartitioningPass(mesh=placement.text, rules=placement.rules),
+            KVCacheShardingPass(mesh=placement.text),
+        )
+        if num_stages == 1:  # else each stage has its own
+            recorder.run(module, MemoryPlanningPass(mesh=placement.text, device_bytes=placement.device_bytes))
+        derived.placement = placement
     return derived
+
+
+def _for_attention(module: ModuleOp, placement: Placement) -> Placement:
+    """The placement that suits the heads of the step's attention."""
+    forms = {
+        (shape_of(op.q)[1], pages_shape(op.k_pages)[2]) for op in module.walk() if isinstance(op, llm.AttendPagesOp)
+    }
+    for num_heads, num_kv_heads in sorted(forms, key=lambda form: form[1]):
+        placement = placement.for_heads(num_heads, num_kv_heads)
+    return placement
+
+
+def pages_shape(pages: SSAValue) -> tuple[int, ...]:
+    """[num_pages, page_size, num_kv_heads, head_dim] of page arrays, quantized or not."""
+    kind = pages.type
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+    return tuple(kind.get_shape())
 
 
 def _explained(plan: Plan, weights: Weights) -> Plan:
@@ -163,19 +203,25 @@ def specialize_step(
     recorder: Recorder,
     arrangement: "Arrangement | None" = None,
     cache: DiskCache | None = None,
+    kernels: "LowerToKernelsPass | None" = None,
 ) -> ModuleOp:
-    """The step for `tokens` tokens, lowered to what runs: native code where its parameters have an `arrangement`."""
+    """The step for `tokens` tokens, lowered to what runs: native code where its parameters have an `arrangement`,
+    a target's `kernels`, else the reference decomposition."""
     module = derived.module.clone()
     rows = derived.max_seqs
-    lower: ModulePass = LowerToReferencePass()
+    lower: ModulePass = kernels or LowerToReferencePass()
     if arrangement is not None:
         from llmir_jax.transforms.lower_to_cpu import LowerToCpuPass  # here, since other targets need no LLVM
 
         lower = LowerToCpuPass(arrangement=arrangement, cache=cache)
+    communication = [] if derived.placement is None else [CommunicationInsertionPass(mesh=derived.placement.text)]
+    # with so few tokens, logits for all cost less than for the rows
+    sink = [SinkLogitsRowsPass(at_logits=tokens <= rows)] if derived.has_logits else []
     return recorder.run(
         module,
-        SinkLogitsRowsPass(at_logits=tokens <= rows),  # with so few tokens, logits for all cost less than for the rows
+        *sink,
         SpecializeTokensPass(tokens=tokens),
+        *communication,
         lower,
     )
 

@@ -97,6 +97,15 @@ class CachedLogits:
         return self._run(tokens, positions, seq_ids, lens, rows, self._tables)[: len(wanted)]
 
 
+NUM_SEQUENCES = 3
+MAX_CHUNK = 9  # tokens
+
+
+def most_rows(max_seqs: int) -> int:
+    """The most rows of tokens that a step of the check has."""
+    return MAX_CHUNK * min(NUM_SEQUENCES, max_seqs)
+
+
 def schedule(lengths: Sequence[int], max_rows: int, rng: np.random.Generator) -> list[list[Piece]]:
     """Steps that compute sequences of these lengths: uneven chunks of several side by side, the rest token by token."""
     done = [0] * len(lengths)
@@ -108,7 +117,7 @@ def schedule(lengths: Sequence[int], max_rows: int, rng: np.random.Generator) ->
         for seq, n in enumerate(lengths):
             if done[seq] >= n or not left:
                 continue
-            size = int(rng.integers(1, 10)) if done[seq] < prefill[seq] else 1
+            size = int(rng.integers(1, MAX_CHUNK + 1)) if done[seq] < prefill[seq] else 1
             size = min(size, left, (prefill[seq] if done[seq] < prefill[seq] else n) - done[seq])
             pieces.append(Piece(seq, done[seq], done[seq] + size))
             done[seq] += size
@@ -135,7 +144,7 @@ def self_check(
     """
     rng = np.random.default_rng(seed)
     length = min(length, cached.capacity)
-    lengths = [max(1, length - 5 * i) for i in range(min(3, max_seqs))]
+    lengths = [max(1, length - 5 * i) for i in range(min(NUM_SEQUENCES, max_seqs))]
     sequences = [rng.integers(0, vocab_size, length).astype(np.int32) for _ in lengths]
     expected = forward(sequences)
     scale = max(float(np.abs(e[np.isfinite(e)]).max(initial=0.0)) for e in expected) or 1.0

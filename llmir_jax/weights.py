@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from xdsl.dialects.builtin import ModuleOp, TensorType
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, BlockArgument
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.stored_matrix import StoredMatrix
@@ -151,9 +151,15 @@ def read_matrix(
 
 
 def fill(
-    module: ModuleOp, plan: Plan | None, source: WeightSource, rounding: Rounding = plain_rounding
+    module: ModuleOp,
+    plan: Plan | None,
+    source: WeightSource,
+    rounding: Rounding = plain_rounding,
+    read_parts: Callable[[BlockArgument, str], jax.Array | None] = lambda arg, path: None,
 ) -> Iterator[Weight]:
     """A value for each parameter argument of @main, in order, each made when it is asked for.
+
+    `read_parts` reads a parameter that stays as it is, each device's own part, or gives None where that cannot be.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
     """
@@ -164,6 +170,11 @@ def fill(
         if not isinstance(arg.type, llm.QuantizedTensorType):
             assert isinstance(arg.type, TensorType)
             dtype = element_dtype(arg.type.get_element_type())
+            is_whole = ROWS not in attributes[arg.index] and PARTS not in attributes[arg.index]
+            value = read_parts(arg, path) if is_whole else None
+            if value is not None:
+                yield Weight(path=path, value=value)
+                continue
             yield _float_weight(path, attributes[arg.index], source, floats, dtype)
             continue
         assert plan is not None
@@ -174,8 +185,8 @@ def fill(
             pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
             scheme = plan.schemes[part].fitted(matrix.shape, name=part)
             values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
-        value = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
-        yield Weight(path=path, value=value, pieces=tuple(pieces))
+        whole = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
+        yield Weight(path=path, value=whole, pieces=tuple(pieces))
 
 
 def _float_weight(

@@ -1,4 +1,4 @@
-"""Pallas kernels for TPU and GPU, usable without ``llmir_jax``.
+"""Kernels for TPU and GPU, usable without ``llmir_jax``.
 
-The package is empty so far: every op runs through its reference decomposition.
+`chips` says what the chips can do, `tiles` what fits them; each operation is a folder.
 """

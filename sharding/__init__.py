@@ -1,4 +1,17 @@
-"""Meshes, partition rules and cost models, usable without ``llmir_jax``.
+"""Meshes and partition rules, usable without ``llmir_jax``."""
 
-The package is empty so far: programs run on one device.
-"""
+from sharding.errors import ShardingError
+from sharding.mesh import AXES, make_mesh, parse_axes
+from sharding.rules import DEFAULT_RULES, Rule, parse_rules, partition_spec, shardings
+
+__all__ = [
+    "AXES",
+    "DEFAULT_RULES",
+    "Rule",
+    "ShardingError",
+    "make_mesh",
+    "parse_axes",
+    "parse_rules",
+    "partition_spec",
+    "shardings",
+]

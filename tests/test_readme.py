@@ -48,7 +48,7 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", "\n".join(blocks("")), re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)", "\n".join(blocks("")), re.MULTILINE):
         assert f"\n{target}:" in makefile
 
 

@@ -1,56 +1,25 @@
-"""What one token costs a derived step: bytes of weights that it reads, and multiply-adds.
+"""What a derived step costs: bytes of weights that it reads, and multiply-adds. `sharding.step_cost` has the terms.
 
-Counted on the step at the length that it was derived at, a prime, so that no other dimension is taken for its tokens:
-
-    weights     every parameter once a step, at the width that it has in memory; of one that rows are gathered from,
-                converted or not, the row of each token
-    per token   matrix products of activations with weights, whatever they are quantized to
-    per row     those of the rows whose logits are wanted
-    per pair    products of a query with a key, and of its weight with the value
+Counted at the length that the step was derived at, a prime, so that no other dimension is taken for its tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Operation, SSAValue
+from xdsl.ir import Attribute, BlockArgument, Operation, SSAValue
 from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.dialects import llm
-from llmir_jax.dialects.build import ints, shape_of
+from llmir_jax.dialects.build import dtype_of, ints, shape_of
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """Of a decoder; see above."""
-
-    weight_bytes: float
-    """Read by a step of one token."""
-    multiply_adds_per_token: int
-    multiply_adds_per_row: int
-    multiply_adds_per_pair: int
-    cache_groups: tuple[CacheGroup, ...]
-
-    def cache_bytes(self, context: float) -> float:
-        """Keys and values that a token reads after `context` others, less what windows hide."""
-        return sum(
-            min(context, group.window or context) * group.nbytes / (group.num_pages * group.page_size)
-            for group in self.cache_groups
-        )
-
-    def prefill_multiply_adds(self, num_tokens: int) -> int:
-        """Of a prompt of `num_tokens` with an empty cache and one row of logits, as if there were no windows."""
-        pairs = num_tokens * (num_tokens + 1) // 2
-        return (
-            num_tokens * self.multiply_adds_per_token + self.multiply_adds_per_row + pairs * self.multiply_adds_per_pair
-        )
+from llmir_jax.transforms.weight_quantization import stored_matrices
+from sharding.step_cost import CacheCost, ParameterCost, StepCost
 
 
 def step_cost(
@@ -60,51 +29,142 @@ def step_cost(
     module = module.clone()
     SinkLogitsRowsPass(at_logits=False).apply(Context(), module)
     main, length = main_function(module), module_length(module)
-    num_bytes = sum(
-        _bytes_read(arg, size, length)
-        for (arg, _), size in zip(signature.parameter_paths(main), weight_bytes, strict=True)
-    )
-    token = row = pair = 0
+    attributes = signature.argument_attributes(main)
+    products = _Products(length, max_seqs)
     for op in main.walk():
-        if isinstance(op, llm.PagedAttentionOp | llm.AttendPagesOp):
-            heads, dim = shape_of(op.q)[-2:]
-            pair += heads * (dim + shape_of(op.results[0])[-1])
-            continue
-        num_multiply_adds = multiply_adds(op)
-        if num_multiply_adds and length in shape_of(op.results[0]):
-            token += num_multiply_adds // length
-        else:
-            row += num_multiply_adds // max_seqs
+        products.count(op)
+    parameters = []
+    for (arg, path), size in zip(signature.parameter_paths(main), weight_bytes, strict=True):
+        gathered = _gathered_elements(arg, length)
+        token, row, outputs = products.of.get(arg, (0, 0, 0))
+        parameters.append(
+            ParameterCost(
+                path=path,
+                shape=_model_shape(arg, attributes[arg.index]),
+                nbytes=size,
+                nbytes_read=size if gathered is None else min(size, size * gathered / prod(_shape(arg))),
+                multiply_adds_per_token=token,
+                multiply_adds_per_row=row,
+                gathered_size=_table_row(arg, length),
+                outputs=outputs,
+            )
+        )
     return StepCost(
-        weight_bytes=num_bytes,
-        multiply_adds_per_token=token,
-        multiply_adds_per_row=row,
-        multiply_adds_per_pair=pair,
-        cache_groups=tuple(cache_groups),
+        parameters=tuple(parameters),
+        caches=tuple(_cache_cost(group, products.heads) for group in cache_groups),
+        itemsize=products.itemsize,
+        vocab_size=shape_of(signature.results(main)[0])[-1],
+        other_multiply_adds_per_token=products.other,
     )
+
+
+class _Products:
+    """Multiply-adds by the parameter that is multiplied with."""
+
+    def __init__(self, length: int, max_seqs: int) -> None:
+        self.of: dict[SSAValue, tuple[int, int, int]] = {}
+        """By parameter: per token, per row, and elements that it gives for each of them."""
+        self.other = 0
+        self.heads: dict[tuple[int, int, int | None], tuple[int, int]] = {}
+        """By KV heads, their size, and window: query heads, and the size of a head's values."""
+        self.itemsize = 4
+        self._length, self._max_seqs = length, max_seqs
+
+    def count(self, op: Operation) -> None:
+        if isinstance(op, llm.PagedAttentionOp | llm.AttendPagesOp):
+            self._count_attention(op)
+            return
+        for weight, outputs, number in _weights_of(op):
+            is_per_token = self._length in shape_of(op.results[0])
+            share = number // (self._length if is_per_token else self._max_seqs)
+            root = _parameter(weight)
+            if root is None:
+                self.other += share if is_per_token else 0
+                continue
+            token, row, before = self.of.get(root, (0, 0, 0))
+            token, row = (token + share, row) if is_per_token else (token, row + share)
+            self.of[root] = token, row, max(before, outputs)
+
+    def _count_attention(self, op: llm.PagedAttentionOp | llm.AttendPagesOp) -> None:
+        num_heads, head_dim = shape_of(op.q)[-2:]
+        self.itemsize = dtype_of(op.q).itemsize
+        window = None if op.window is None else int(op.window.value.data)
+        num_kv_heads = num_heads
+        if isinstance(op, llm.AttendPagesOp):
+            num_kv_heads = _shape(op.k_pages)[2]
+        self.heads[num_kv_heads, head_dim, window] = num_heads, shape_of(op.results[0])[-1]
+
+
+def _cache_cost(group: CacheGroup, heads: Mapping[tuple[int, int, int | None], tuple[int, int]]) -> CacheCost:
+    found = heads.get((group.num_kv_heads, group.head_dim, group.window))
+    num_heads, value_dim = found or next(
+        pair for (kv_heads, dim, _), pair in heads.items() if (kv_heads, dim) == (group.num_kv_heads, group.head_dim)
+    )
+    return CacheCost(
+        num_layers=group.num_layers,
+        num_heads=num_heads,
+        num_kv_heads=group.num_kv_heads,
+        value_dim=value_dim,
+        bytes_per_token=group.nbytes / (group.num_pages * group.page_size),
+        multiply_adds_per_pair=group.num_layers * num_heads * (group.head_dim + value_dim),
+        window=group.window,
+    )
+
+
+def _weights_of(op: Operation) -> Iterator[tuple[SSAValue, int, int]]:
+    """The operands of a matrix product that may be parameters: outputs a row, and multiply-adds; none for others."""
+    if isinstance(op, stablehlo.DotGeneralOp):
+        over = ints(op.dot_dimension_numbers.lhs_contracting_dimensions)
+        number = prod(shape_of(op.results[0])) * prod(shape_of(op.lhs)[dim] for dim in over)
+        weight = op.rhs if _parameter(op.rhs) is not None or _parameter(op.lhs) is None else op.lhs
+        inputs = prod(shape_of(op.lhs)[dim] for dim in over)
+        yield weight, prod(shape_of(weight)) // inputs, number
+    elif isinstance(op, llm.LinearOp | llm.QuantizedMatmulOp):
+        outputs = shape_of(op.output)[-1]
+        yield op.w, outputs, prod(shape_of(op.output)) * shape_of(op.x)[-1]
+    elif isinstance(op, llm.GatedMLPOp):
+        num_rows, inputs = prod(shape_of(op.x)[:-1]), shape_of(op.x)[-1]
+        for w in (op.gate_w, op.up_w):
+            yield w, prod(_shape(w)) // inputs, num_rows * prod(_shape(w))
+        yield op.down_w, shape_of(op.output)[-1], num_rows * prod(_shape(op.down_w))
 
 
 def multiply_adds(op: Operation) -> int:
     """Of a matrix product; 0 for other operations."""
-    if isinstance(op, stablehlo.DotGeneralOp):
-        over = ints(op.dot_dimension_numbers.lhs_contracting_dimensions)
-        return prod(shape_of(op.results[0])) * prod(shape_of(op.lhs)[dim] for dim in over)
-    if isinstance(op, llm.LinearOp | llm.QuantizedMatmulOp):
-        return prod(shape_of(op.output)) * shape_of(op.x)[-1]
-    if isinstance(op, llm.GatedMLPOp):
-        weights = sum(prod(shape_of(w)) for w in (op.gate_w, op.up_w, op.down_w))
-        return prod(shape_of(op.x)[:-1]) * weights
-    return 0
+    return sum(number for _, _, number in _weights_of(op))
 
 
-def _bytes_read(arg: SSAValue, size: int, length: int) -> float:
-    """Of a parameter of `size` bytes by a step of one token."""
-    num_gathered = _gathered_elements(arg, length)
-    if num_gathered is None:
-        return size
-    kind: Any = arg.type
-    num_elements: int = prod(kind.get_shape())
-    return min(size, size * num_gathered / num_elements)
+def _parameter(value: SSAValue) -> SSAValue | None:
+    """The argument that a value is, through changes of its type and layout."""
+    while isinstance(value.owner, stablehlo.ConvertOp | stablehlo.TransposeOp | stablehlo.ReshapeOp):
+        value = value.owner.operands[0]
+    return value if isinstance(value, BlockArgument) else None
+
+
+def _shape(value: SSAValue) -> tuple[int, ...]:
+    kind: Any = value.type
+    return tuple(kind.get_shape())
+
+
+def _model_shape(arg: SSAValue, attributes: Mapping[str, Attribute]) -> tuple[int, ...]:
+    """The shape of a parameter in its model: a quantized matrix [outputs, inputs] may be of a kernel."""
+    shape = _shape(arg)
+    if not isinstance(arg.type, llm.QuantizedTensorType):
+        return shape
+    _, matrix = stored_matrices(dict(attributes))[0]
+    return shape[::-1] if len(matrix.rows) == 1 and matrix.rows[0][1] == 1 else shape
+
+
+def _table_row(table: SSAValue, length: int) -> int:
+    """Elements of the row that a token has gathered of a table, whatever else reads it; 0 for what is none."""
+    found = 0
+    for use in table.uses:
+        op = use.operation
+        if isinstance(op, stablehlo.ConvertOp):
+            found += _table_row(op.results[0], length)
+        elif use.index == 0 and isinstance(op, stablehlo.GatherOp | llm.QuantizedGatherOp):
+            found += prod(shape_of(op.results[0])) // length
+    return found
 
 
 def _gathered_elements(table: SSAValue, length: int) -> int | None:

@@ -103,10 +103,11 @@ def run(
 
 def _memory(decoder: "Decoder", workload: Workload) -> Results:
     """Sizes in 10^6 bytes, and what a token reads on average while it is decoded; what a prefill computes."""
+    peak_rss_mb = protocol.peak_rss_mb()  # of serving: before the step's operations are read again for what it costs
     report, cost = decoder.report(), decoder.cost()
     context = workload.prompt + (workload.new + 1) / 2
     return {
-        "peak_rss_mb": protocol.peak_rss_mb(),
+        "peak_rss_mb": peak_rss_mb,
         "weights_mb": report.parameter_bytes / 1e6,
         "kv_cache_mb": report.cache_bytes / 1e6,
         "bytes_per_token": cost.weight_bytes + cost.cache_bytes(context),

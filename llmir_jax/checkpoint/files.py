@@ -31,6 +31,21 @@ class StableFile:
             raise CheckpointError(f"{self.path}: truncated at byte {offset + len(data):,}; fetch it again")
         return data
 
+    def read_rows(self, offset: int, num_rows: int, stride: int, num_bytes: int) -> np.ndarray:
+        """uint8[num_rows, num_bytes]: the first bytes of rows that begin every `stride` bytes from `offset` on."""
+        if num_bytes == stride:
+            return self.read(offset, num_rows * stride).reshape(num_rows, stride)
+        try:
+            if _state(self.path) != self._state:
+                raise CheckpointError(f"{self.path}: changed since it was opened; load the model again")
+            with self.path.open("rb", buffering=0) as file:
+                rows = [os.pread(file.fileno(), num_bytes, offset + row * stride) for row in range(num_rows)]
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read any more: {error}") from None
+        if any(len(row) != num_bytes for row in rows):
+            raise CheckpointError(f"{self.path}: truncated; fetch it again")
+        return np.frombuffer(b"".join(rows), np.uint8).reshape(num_rows, num_bytes)
+
 
 def _state(path: Path) -> tuple[int, int]:
     stat = os.stat(path)

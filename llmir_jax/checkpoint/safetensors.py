@@ -111,6 +111,21 @@ class SafetensorsReader:
         array: np.ndarray = data.view(dtype).reshape(shape)
         return array
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor, of which no other bytes are read but between the ends of its first two dimensions."""
+        stored, shape = self._stored[name], self.shapes[name]
+        dtype = DTYPES[stored.dtype]
+        (first, last), *inner = [own.indices(size)[:2] for own, size in zip(index, shape, strict=True)]
+        stride = math.prod(shape[1:]) * dtype.itemsize
+        start, stop = inner[0] if inner else (0, 1)
+        step = math.prod(shape[2:]) * dtype.itemsize
+        rows = stored.file.read_rows(
+            stored.offset + first * stride + start * step, last - first, stride, (stop - start) * step
+        )
+        box = rows.view(dtype).reshape(last - first, *([stop - start] if inner else []), *shape[2:])
+        part: np.ndarray = box[(slice(None), slice(None), *(slice(*own) for own in inner[1:]))[: box.ndim]]
+        return part
+
     def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
         raise CheckpointError(f"{self.path}: tensor {name!r} is not quantized")
 

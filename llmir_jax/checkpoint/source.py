@@ -1,10 +1,10 @@
 """A model's parameters in a checkpoint, read one at a time: as floats, or as quantized arrays."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,14 @@ class TensorReader(Protocol):
 
     def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
         """A tensor of `stored`, bit for bit."""
+
+
+@runtime_checkable
+class PartReader(Protocol):
+    """A reader that can read a part of a tensor without the rest."""
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +130,22 @@ class ParameterSource:
             array = array.T
         # Contiguous and of the right dtype, it is handed to JAX without another copy.
         return jnp.asarray(np.ascontiguousarray(array.astype(dtype, copy=False)))
+
+    def part_reader(self, path: str) -> Callable[[tuple[slice, ...]], np.ndarray] | None:
+        """Reads a box of the parameter, of its dtype in the model, without the rest; None where its file must be read
+        whole: quantized ones, and those whose rows are in another order."""
+        source = self._sources[path]
+        reader = self._reader
+        if path in self._replaced or source.interleaved_heads is not None or not isinstance(reader, PartReader):
+            return None
+        dtype = self.parameters[path].dtype
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not source.transposed:
+                return reader.read_part(source.name, index).astype(dtype, copy=False)
+            return reader.read_part(source.name, index[::-1]).T.astype(dtype)
+
+        return read
 
     def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding = plain_rounding) -> QuantizedArray:
         """One of `matrices`, [outputs, inputs]: bit for bit what is `stored` if that is of the scheme's format.

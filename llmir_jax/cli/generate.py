@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmir_jax.checkpoint import smollm2
-from llmir_jax.cli import options
+from llmir_jax.cli import many, options
 from llmir_jax.errors import LlmirError, RequestError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def _parse_ids(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-sequence tokens.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each time, 0 to 20.")
 @options.target_option
+@options.mesh_option
+@many.on_many_processes
 @options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the time that each part took.")
@@ -68,6 +70,7 @@ def generate_command(
     as_json: bool,
     report: bool,
     target: str | None,
+    mesh: str | None,
     quantize: tuple[str, ...],
     calibrate: Path | None,
     kv_cache: str | None,
@@ -88,6 +91,8 @@ def generate_command(
     llmir generate "What is the capital of France?"
     llmir generate -q int4 --kv-cache int8 "Name three colours."
     llmir generate -m ./checkpoint --raw "Once upon a time" -t 0.8 --seed 1
+    llmir generate --mesh tensor=4 "Name three colours."
+    llmir generate --mesh tensor=16 --coordinator auto "Name a colour."   (in every process)
     cat letter.txt | llmir generate --system "Summarize this letter." --json
     """
     started = time.perf_counter()
@@ -97,7 +102,8 @@ def generate_command(
     params = _sampling_params(max_tokens=max_tokens, stop=stop, logprobs=logprobs, **sampling)
     quantization = options.decoder_quantization(quantize, calibrate, kv_cache)
     if not interactive and token_ids is None:
-        prompt = _read_prompt(prompt)
+        given = prompt
+        prompt = many.from_first(lambda: _read_prompt(given))
     with options.progress(f"loading {model}", "deriving, compiling and checking the decoder") as advance:
         options.import_compiler()
         imported_at = time.perf_counter()
@@ -115,7 +121,7 @@ def generate_command(
             params = _fit(params, len(ids), cache)
             needed = len(ids) + (params.max_tokens or 1)
         advance()
-        served = {**cache.sizes(needed), **options.target_choice(target), **quantization}
+        served = {**cache.sizes(needed), **options.target_choice(target, mesh), **quantization}
         decoder = loaded.decoder(max_seqs=1, verify=not no_verify, **served)
     derived_at = time.perf_counter()
 
@@ -227,15 +233,18 @@ class _Answer:
     def timings(self, *, started: float, imported: float, loaded: float, derived: float) -> dict[str, float | None]:
         """Seconds, and tokens a second after the first one.
 
-        `compile_s` is all compiling, by XLA or read from its cache; `self_check_s` is what the check takes beside it.
+        `compile_s` is all compiling, by LLVM, by XLA or read from a cache; `self_check_s` is the rest of the check.
         """
-        check = self._decoder.report().seconds.get("self-check", 0.0)
-        compiling = sum(c.seconds for c in self._decoder.engine.compilations)
+        from llmir_jax.step import AHEAD
+
+        seconds = self._decoder.report().seconds
+        check, ahead = seconds.get("self-check", 0.0), seconds.get(AHEAD, 0.0)
+        compiling = ahead + sum(c.seconds for c in self._decoder.engine.compilations)
         decoding = self._times[-1] - self._times[0]
         times = {
             "import_s": imported - started,
             "load_s": loaded - imported,
-            "derive_s": derived - loaded - check,
+            "derive_s": derived - loaded - check - ahead,
             "compile_s": compiling,
             "self_check_s": check - self._compiled_before if check else 0.0,
             "first_token_s": self._times[0] - started,
@@ -278,7 +287,7 @@ def _chat(
 ) -> None:
     """Questions and answers until the input ends. Ctrl-C ends an answer, or the chat at a question."""
     messages = _system_message(system)
-    while (question := _ask()) is not None:
+    while (question := many.from_first(_ask)) is not None:
         messages.append({"role": "user", "content": question})
         ids = loaded.encode_chat(messages)
         try:

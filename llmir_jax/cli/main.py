@@ -14,6 +14,8 @@ from llmir_jax.cli.accuracy import accuracy_command
 from llmir_jax.cli.bench import bench_command
 from llmir_jax.cli.compile import compile_command
 from llmir_jax.cli.generate import generate_command
+from llmir_jax.cli.options import is_device_error
+from llmir_jax.cli.plan import plan_command
 from llmir_jax.cli.quantize import quantize_command
 from llmir_jax.errors import LlmirError
 
@@ -57,15 +59,9 @@ class _Commands(click.Group):
                 raise
             _fail(f"{error.filename}: {error.strerror}", 1)
         except Exception as error:
-            if not _is_device_error(error):
+            if not is_device_error(error):
                 raise
             _fail(str(error), 1)
-
-
-def _is_device_error(error: Exception) -> bool:
-    """The device failed, most often for want of memory."""
-    jax = sys.modules.get("jax")  # if JAX was not imported, it did not fail
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _one_line(message: str) -> str:
@@ -92,6 +88,7 @@ def llmir() -> None:
 llmir.add_command(generate_command)
 llmir.add_command(compile_command)
 llmir.add_command(quantize_command)
+llmir.add_command(plan_command)
 llmir.add_command(accuracy_command)
 llmir.add_command(bench_command)
 

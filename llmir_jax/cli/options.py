@@ -71,9 +71,31 @@ def quantization_options(command: F) -> F:
     return quantize_option(calibrate_option(kv_cache(command)))
 
 
-def target_choice(target: str | None) -> dict[str, str]:
-    """The option of `Loaded.decoder`, absent if it was not given."""
-    return {} if target is None else {"target": target}
+mesh_option = click.option(
+    "--mesh",
+    metavar="AXES",
+    callback=lambda ctx, param, value: _checked_mesh(value),
+    help="Devices to share the work: auto, tensor=4, or tensor=3,sequence=2 …; of all processes together.",
+)
+
+
+def _checked_mesh(value: str | None) -> str | None:
+    if value in (None, "auto"):
+        return value
+    from sharding.errors import ShardingError  # here, since --help needs no JAX
+    from sharding.mesh import parse_axes
+
+    try:
+        parse_axes(value)
+    except ShardingError as error:
+        raise click.UsageError(f"--{error}") from None
+    return value
+
+
+def target_choice(target: str | None, mesh: str | None = None) -> dict[str, str]:
+    """Options of `Loaded.decoder`, those absent that were not given."""
+    given = {"target": target, "mesh": mesh}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def decoder_quantization(
@@ -206,6 +228,12 @@ def progress(*stages: str) -> Iterator[Callable[[], None]]:
             bar.update()
 
         yield advance
+
+
+def is_device_error(error: BaseException) -> bool:
+    """The device failed, most often for want of memory."""
+    jax = sys.modules.get("jax")  # if JAX was not imported, it did not fail
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def import_compiler() -> None:

@@ -6,7 +6,7 @@ waits longer than that for the next ones. A request that ends within a call has 
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmir_jax.errors import OutOfPagesError, RequestError
+from llmir_jax.placement import Placement
 from llmir_jax.runtime.batch import StepModel
 from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
+from llmir_jax.runtime.pipeline_runner import PipelinedModel, PipelineRunner
 from llmir_jax.runtime.request import Finish, Request, UpdateReader
 from llmir_jax.runtime.runner import Compilation, NextToken, Runner
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.scheduler import Schedule, Scheduler
+from llmir_jax.runtime.snapshots import Snapshots
 from llmir_jax.runtime.text import Tokenizer
 
 
@@ -33,6 +36,23 @@ class EngineStats:
     num_preemptions: int  # since the engine was made
     pages_free: tuple[int, ...]
     pages_used: tuple[int, ...]
+
+
+def make_scheduler(model: StepModel, prefill_chunk: int | None) -> Scheduler:
+    """Of the requests and pages of a model; see `Engine`."""
+    return Scheduler(
+        groups=model.cache_groups,
+        max_seqs=model.max_seqs,
+        max_seq_len=model.max_seq_len,
+        buckets=model.buckets,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def make_runner(model: StepModel, scheduler: Scheduler, burst: float, placement: Placement | None) -> Runner:
+    """What runs a model's schedules on its devices; see `Engine`."""
+    kind: type[Runner] = PipelineRunner if isinstance(model, PipelinedModel) else Runner
+    return kind(model, scheduler.pages, has_bursts=burst > 0, placement=placement)
 
 
 class Engine:
@@ -55,6 +75,8 @@ class Engine:
         prefill_chunk: the most tokens of one prompt a step computes; None for as many as the largest bucket holds.
         max_waiting: the most requests that may wait for a slot; None for no limit.
         burst: seconds that the tokens of one call may take while all requests decode; 0 for one token a call.
+        placement: of the model, if it is on a mesh.
+        draw_seed: seeds of 32 bits of requests that give none.
     """
 
     def __init__(
@@ -66,22 +88,19 @@ class Engine:
         prefill_chunk: int | None = None,
         max_waiting: int | None = None,
         burst: float = 0.0,
+        placement: Placement | None = None,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(32),
     ) -> None:
         if not 0 <= burst < float("inf"):
             raise RequestError(f"burst = {burst} cannot be used: give seconds, or 0 for one token a call")
         self._burst = burst
+        self._draw_seed = draw_seed
         self._model = model
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_waiting = max_waiting
-        self._scheduler = Scheduler(
-            groups=model.cache_groups,
-            max_seqs=model.max_seqs,
-            max_seq_len=model.max_seq_len,
-            buckets=model.buckets,
-            prefill_chunk=prefill_chunk,
-        )
-        self._runner = Runner(model, self._scheduler.pages, has_bursts=burst > 0)
+        self._scheduler = make_scheduler(model, prefill_chunk)
+        self._runner = make_runner(model, self._scheduler, burst, placement)
         self._next_id = 0
         self._live: dict[int, Request] = {}  # neither finished nor cancelled
         self._readers: dict[int, UpdateReader] = {}  # of the requests that `step` reports on
@@ -89,24 +108,36 @@ class Engine:
     # All at once
 
     def generate(
-        self, prompts: Sequence[ArrayLike], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[ArrayLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        snapshots: Snapshots | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt and return the outputs in the prompts' order.
 
         Args:
             prompts: a list of token ids for each request.
             params: for all requests, or one for each; None for the defaults (greedy).
+            snapshots: where to go on from, if a call with these arguments was cut off, and where to keep how far it is.
 
         Raises:
+            CheckpointError: the snapshots are of other requests.
             RequestError: a prompt is empty, has ids outside the vocabulary, or is too long with its max_tokens.
             OutOfPagesError: a request would not fit an empty cache.
         """
         requests = self._make_requests(prompts, params)
+        if snapshots is not None:
+            snapshots.restore(requests)
         try:
-            self._add(requests)
+            self._add([request for request in requests if request.finish is None])
             while any(request.finish is None for request in requests):
                 self._advance()
                 _raise_errors(requests)
+                if snapshots is not None:
+                    snapshots.take(requests)
+            if snapshots is not None:
+                snapshots.finish()
         finally:
             self._cancel(requests)
         return [request.output() for request in requests]
@@ -212,6 +243,11 @@ class Engine:
         """Every program compiled so far."""
         return tuple(self._runner.compilations)
 
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model, each with `max_seqs` requests at once."""
+        return 1
+
     def stats(self) -> EngineStats:
         groups = self._scheduler.pages.groups
         return EngineStats(
@@ -315,7 +351,7 @@ class Engine:
             prompt_idx=prompt_idx,
             prompt=tokens,
             params=params,
-            seed=secrets.randbits(32) if params.seed is None else params.seed,
+            seed=self._draw_seed() if params.seed is None else params.seed,
             max_new_tokens=self._check_length(len(tokens), params.max_tokens, prompt_idx),
             stop_token_ids=eos_token_ids.union(params.stop_token_ids),
             tokenizer=self._tokenizer,

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from llmir_jax.placement import Placement
 from llmir_jax.runtime import sampler
 from llmir_jax.runtime.batch import Cache, StepBatch, StepModel
 from llmir_jax.runtime.outputs import TokenLogprobs
@@ -57,9 +58,18 @@ class Runner:
         model: the step, and the sizes of its batch.
         pages: block tables of the sequences that are scheduled.
         has_bursts: whether schedules have steps that follow each other.
+        placement: of the model, if it is on a mesh.
     """
 
-    def __init__(self, model: StepModel, pages: CachePages, *, has_bursts: bool = False) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        pages: CachePages,
+        *,
+        has_bursts: bool = False,
+        placement: Placement | None = None,
+    ) -> None:
+        self._placement = placement
         self.compilations: list[Compilation] = []
         self._model = model
         self._pages = pages
@@ -67,10 +77,7 @@ class Runner:
         self._rows_packing = sampler.rows_packing(model.max_seqs)
         self._tokens_packing = sampler.tokens_packing(model.max_seqs, model.vocab_size)
         self._step_packings = {bucket: self._step_packing(bucket) for bucket in model.buckets}
-        self._steps = {
-            bucket: jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
-            for bucket, packing in self._step_packings.items()
-        }
+        self._steps = {bucket: self._make_step(packing) for bucket, packing in self._step_packings.items()}
         self._bursts = {
             bucket: jax.jit(partial(self._trace_burst, packing), donate_argnames=("cache", "seen"))
             for bucket, packing in self._step_packings.items()
@@ -79,9 +86,17 @@ class Runner:
         self._step_seconds: float | None = None  # of a step of decoding, when last measured
         self._sample = jax.jit(self._trace_sample, donate_argnames="seen")
         self._fill_seen = jax.jit(self._trace_fill_seen, donate_argnames="seen")
-        self._copy_pages = jax.jit(self._trace_copy_pages, donate_argnames="cache")
+        self._copy_pages = self._make_copy()
         self._cache: Cache | None = model.init_cache()
         self._seen: jax.Array | None = self._init_seen()
+
+    def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+        """The model's step: (params, cache, packed batch) → logits, their argmax, new cache."""
+        return jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
+
+    def _make_copy(self) -> Callable[..., Any]:
+        """(cache, pages to copy, where to) → new cache."""
+        return jax.jit(self._trace_copy_pages, donate_argnames="cache")
 
     # Running
 
@@ -138,7 +153,7 @@ class Runner:
         for idx, table in enumerate(block_tables):
             views[_table_name(idx)][...] = table
         logits, _ = self._run_step(buffer, bucket)
-        return np.asarray(logits)
+        return np.asarray(logits) if self._placement is None else self._placement.to_host(logits)
 
     def warmup(self) -> None:
         """Compile every program, by running each on nothing: the cache's contents stay as they are."""
@@ -241,7 +256,7 @@ class Runner:
         self._num_traces += 1
         _, batch = self._unpack_batch(packing, packed)
         logits, cache = self._model.step(params, cache, batch)
-        return logits, sampler.greedy(logits), cache
+        return logits, self._whole(sampler.greedy(logits)), cache
 
     def _trace_burst(
         self,
@@ -270,13 +285,13 @@ class Runner:
                 new = sampler.greedy(logits)
             else:
                 assert seen is not None
-                sampled, seen = sampler.sample(logits, seen, rows._replace(token_idx=rows.token_idx + i))
+                sampled, seen = self._sample_on_each(logits, seen, rows._replace(token_idx=rows.token_idx + i))
                 new = sampled.token
             return new[first.seq_ids], cache, seen, chosen.at[i].set(new)
 
         chosen = jnp.zeros((MAX_STEPS, self._model.max_seqs), jnp.int32)
         _, cache, seen, chosen = lax.fori_loop(0, num_steps, one, (first.tokens, cache, seen, chosen))
-        return chosen, cache, seen
+        return self._whole(chosen), cache, seen
 
     def _unpack_batch(self, packing: Packing, packed: jax.Array) -> tuple[jax.Array, StepBatch]:
         """The number of steps, and the first one's batch."""
@@ -287,8 +302,16 @@ class Runner:
     def _trace_sample(self, seen: jax.Array, logits: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
         self._num_traces += 1
         rows = sampler.SamplingRows(**self._rows_packing.unpack(packed))
-        tokens, seen = sampler.sample(logits, seen, rows)
-        return sampler.pack_tokens(tokens), seen
+        tokens, seen = self._sample_on_each(logits, seen, rows)
+        return self._whole(sampler.pack_tokens(tokens)), seen
+
+    def _sample_on_each(
+        self, logits: jax.Array, seen: jax.Array, rows: sampler.SamplingRows
+    ) -> tuple[sampler.SampledTokens, jax.Array]:
+        """On a mesh every device samples for itself: XLA (of JAX 0.10) aborts on a top_k that it partitions on CPUs."""
+        if self._placement is None:
+            return sampler.sample(logits, seen, rows)
+        return self._placement.on_each(sampler.sample)(logits, seen, rows)
 
     def _trace_fill_seen(self, seen: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
         self._num_traces += 1
@@ -384,7 +407,12 @@ class Runner:
         return NextToken(request=chunk.request, token_id=token_id, logprobs=logprobs)
 
     def _init_seen(self) -> jax.Array:
-        return jnp.zeros((self._model.max_seqs, self._model.vocab_size), bool)
+        shape = (self._model.max_seqs, self._model.vocab_size)
+        return jnp.zeros(shape, bool) if self._placement is None else self._placement.zeros(shape, bool)
+
+    def _whole(self, array: jax.Array) -> jax.Array:
+        """A traced result that the host reads: on a mesh, whole on every device."""
+        return array if self._placement is None else self._placement.constrain(array)
 
 
 def _table_name(group_idx: int) -> str:

@@ -6,9 +6,11 @@ each on its own; many are cut into runs of rows of one sequence.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -37,6 +39,11 @@ class QuantizedPages:
 Pages = Array | QuantizedPages
 
 
+def _split(array: Array, shards: int) -> Array:
+    """[num_pages, page_size, …] as [num_pages, shards, page_size / shards, …]."""
+    return array.reshape(array.shape[0], shards, array.shape[1] // shards, *array.shape[2:])
+
+
 def write_pages(
     k_pages: Pages,
     v_pages: Pages,
@@ -46,6 +53,8 @@ def write_pages(
     positions: Array,
     block_tables: Array,
     num_tokens: Array,
+    *,
+    shards: int = 1,
 ) -> tuple[Array, ...]:
     """Write new keys and values to their pages: the new arrays of k_pages, then of v_pages.
 
@@ -55,6 +64,7 @@ def write_pages(
         seq_ids, positions: int32 [T].
         block_tables: int32 [S, P].
         num_tokens: int32 []; rows from it on are padding and are not written.
+        shards: parts that the positions of each page are in, one after the other, see `attend_pages`.
     """
     num_pages, page_size = k_pages.shape[:2]
     if k.shape[0] == 1:
@@ -65,12 +75,23 @@ def write_pages(
     rows = jnp.arange(k.shape[0], dtype=jnp.int32)
     valid = rows < num_tokens
     page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
-    slot = jnp.where(valid, page * page_size + positions % page_size, num_pages * page_size + rows)
+    size = page_size // shards
+    within = positions % page_size
 
-    def write(array: Array, new: Array) -> Array:
-        flat = array.reshape(num_pages * page_size, *array.shape[2:])
+    def write_shard(array: Array, shard: Array | int, new: Array) -> Array:
+        """To [num_pages, size, …], the positions of each page that are in one shard."""
+        mine = valid if shards == 1 else valid & (within // size == shard)
+        slot = jnp.where(mine, page * size + within % size, num_pages * size + rows)
+        flat = array.reshape(num_pages * size, *array.shape[2:])
         flat = flat.at[slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
         return flat.reshape(array.shape)
+
+    def write(array: Array, new: Array) -> Array:
+        if shards == 1:
+            return write_shard(array, 0, new)
+        split = _split(array, shards)
+        written = jax.vmap(write_shard, in_axes=(1, 0, None), out_axes=1)(split, jnp.arange(shards), new)
+        return written.reshape(array.shape)
 
     written: list[Array] = []
     for pages, new in ((k_pages, k), (v_pages, v)):
@@ -92,6 +113,12 @@ class _Softmax(NamedTuple):
         """Weighted mean of the values; zeros for a query that saw nothing."""
         return self.values / jnp.maximum(self.total, 1e-37)[..., None]
 
+    def merged(self) -> "_Softmax":
+        """Of softmaxes over parts of the keys, along the first axis, the one over all of them."""
+        largest = self.largest.max(0)
+        kept = jnp.exp(self.largest - largest)
+        return _Softmax((self.values * kept[..., None]).sum(0), (self.total * kept).sum(0), largest)
+
 
 def attend_pages(
     q: Array,
@@ -108,6 +135,7 @@ def attend_pages(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    shards: int = 1,
 ) -> Array:
     """Attention of tokens to the pages of their sequences: float32 [T, num_heads, head_dim of the values].
 
@@ -121,17 +149,86 @@ def attend_pages(
         slopes: float32 [num_heads], added times (key position - query position).
         scale, softcap: score = softcap * tanh(scale * q·k / softcap), or scale * q·k.
         window: a query sees that many positions, its own included.
+        shards: parts that the positions of each page are in, one after the other. Each is attended to by itself, and
+            then they are merged, so that they can be on as many devices: of what these hold only a row of values, a
+            sum and a maximum for each query and head go between them, once.
     """
+    attend = partial(
+        _attend_shard,
+        q,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        seq_ids=seq_ids,
+        positions=positions,
+        num_tokens=num_tokens,
+        slopes=slopes,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        shards=shards,
+    )
     num_rows, num_heads, _ = q.shape
-    page_size, num_kv_heads = k_pages.shape[1:3]
+    if shards == 1:
+        out = attend(k_pages, v_pages, 0).finish()
+    else:
+        parts, rebuild = zip(*map(partial(_parts, shards=shards), (k_pages, v_pages)), strict=True)
+
+        def attend_parts(k_parts: tuple[Array, ...], v_parts: tuple[Array, ...], shard: Array) -> _Softmax:
+            return attend(rebuild[0](k_parts), rebuild[1](v_parts), shard)
+
+        each = jax.vmap(attend_parts, in_axes=(1, 1, 0))(parts[0], parts[1], jnp.arange(shards, dtype=jnp.int32))
+        out = each.merged().finish()
+    return out.reshape(num_rows, num_heads, -1)
+
+
+def _parts(pages: Pages, *, shards: int) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], Pages]]:
+    """The arrays of pages with an axis 1 of shards, and what makes pages of the arrays of one of these."""
+    if not isinstance(pages, QuantizedPages):
+        return (_split(pages, shards),), lambda parts: parts[0]
+    shape = (pages.shape[0], pages.shape[1] // shards, *pages.shape[2:])
+    return tuple(_split(part, shards) for part in pages.parts), lambda parts: replace(pages, parts=parts, shape=shape)
+
+
+def _attend_shard(
+    q: Array,
+    k_pages: Pages,
+    v_pages: Pages,
+    shard: Array | int,
+    *,
+    block_tables: Array,
+    seq_lens: Array,
+    seq_ids: Array,
+    positions: Array,
+    num_tokens: Array,
+    slopes: Array | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    shards: int,
+) -> _Softmax:
+    """Attention to one of the shards of each page [num_pages, page_size / shards, num_kv_heads, head_dim]."""
+    num_rows, num_heads, _ = q.shape
+    size, num_kv_heads = k_pages.shape[1:3]
+    page_size = size * shards
     pages_per_seq = block_tables.shape[1]
     pages_per_block = min(pages_per_seq, max(1, KEYS_PER_BLOCK // page_size))
     padding = -pages_per_seq % pages_per_block
     tables = jnp.pad(block_tables, ((0, 0), (0, padding)))
-    keys_per_block = pages_per_block * page_size
+    keys_per_block = pages_per_block * page_size  # of all shards: so many positions, of which each has its share
+    own_keys = pages_per_block * size
     num_blocks = tables.shape[1] // pages_per_block
     head_slopes = None if slopes is None else slopes.reshape(num_kv_heads, -1)
     grouped = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, -1)
+
+    def positions_of(block: Array) -> Array:
+        """Where the keys [own_keys] of a block of pages are in their sequence."""
+        if shards == 1:
+            return block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+        page = jnp.arange(pages_per_block, dtype=jnp.int32)[:, None] * page_size
+        within = jnp.arange(size, dtype=jnp.int32) + shard * size
+        return block * keys_per_block + (page + within).reshape(-1)
 
     def visible(query_positions: Array, key_positions: Array, lens: Array) -> Array:
         """[rows, keys] of query positions [rows, 1], key positions [keys] and lengths [rows, 1]."""
@@ -185,7 +282,7 @@ def attend_pages(
         done: _Softmax = lax.fori_loop(first, stop, body, state)
         return done
 
-    def one_by_one() -> Array:
+    def one_by_one() -> _Softmax:
         """Each row reads its own sequence's pages."""
         valid = jnp.arange(num_rows, dtype=jnp.int32) < num_tokens
         ids = jnp.where(valid, seq_ids, 0)
@@ -195,10 +292,10 @@ def attend_pages(
 
         def body(block: Array, state: _Softmax) -> _Softmax:
             pages = lax.dynamic_slice_in_dim(row_tables, block * pages_per_block, pages_per_block, 1)
-            keys = k_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
-            key_positions = block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+            keys = k_pages[pages].reshape(num_rows, own_keys, num_kv_heads, -1)
+            key_positions = positions_of(block)
             seen = visible(place, key_positions, lens)
-            values = v_pages[pages].reshape(num_rows, keys_per_block, num_kv_heads, -1)
+            values = v_pages[pages].reshape(num_rows, own_keys, num_kv_heads, -1)
             values = only_live(values, seen)
             scores = jnp.einsum("tgmd,tkgd->tgmk", grouped, keys, preferred_element_type=jnp.float32)
 
@@ -208,13 +305,13 @@ def attend_pages(
             return update(state, scores, seen, (key_positions - place).astype(jnp.float32), weigh)
 
         first, stop = block_range(place, lens)
-        return over_blocks(first, stop, body, start(num_rows)).finish()
+        return over_blocks(first, stop, body, start(num_rows))
 
-    def run_by_run() -> Array:
+    def run_by_run() -> _Softmax:
         """Runs of rows of one sequence, one after the other."""
         rows = min(num_rows, ROWS_PER_RUN)
 
-        def serve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def serve(carry: tuple[Array, _Softmax]) -> tuple[Array, _Softmax]:
             begin, out = carry
             seq = seq_ids[begin]
             offset = jnp.minimum(begin, num_rows - rows)
@@ -227,10 +324,10 @@ def attend_pages(
 
             def body(block: Array, state: _Softmax) -> _Softmax:
                 pages = lax.dynamic_slice(tables, (seq, block * pages_per_block), (1, pages_per_block))[0]
-                keys = k_pages[pages].reshape(keys_per_block, num_kv_heads, -1)
-                key_positions = block * keys_per_block + jnp.arange(keys_per_block, dtype=jnp.int32)
+                keys = k_pages[pages].reshape(own_keys, num_kv_heads, -1)
+                key_positions = positions_of(block)
                 seen = visible(place, key_positions, lens)
-                values = only_live(v_pages[pages].reshape(keys_per_block, num_kv_heads, -1), seen.any(0))
+                values = only_live(v_pages[pages].reshape(own_keys, num_kv_heads, -1), seen.any(0))
                 scores = jnp.einsum("tgmd,kgd->tgmk", queries, keys, preferred_element_type=jnp.float32)
 
                 def weigh(weights: Array) -> Array:
@@ -239,16 +336,21 @@ def attend_pages(
                 return update(state, scores, seen, (key_positions - place).astype(jnp.float32), weigh)
 
             first, stop = block_range(place, lens)
-            served = over_blocks(first, stop, body, start(rows)).finish()
-            before = lax.dynamic_slice_in_dim(out, offset, rows)
-            out = lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None, None], served, before), offset, 0)
-            return begin + jnp.sum(mine, dtype=jnp.int32), out
+            served = over_blocks(first, stop, body, start(rows))
 
-        empty = jnp.zeros((*grouped.shape[:3], v_pages.shape[-1]), jnp.float32)
-        return lax.while_loop(lambda c: c[0] < num_tokens, serve, (jnp.int32(0), empty))[1]
+            def put(all_rows: Array, new: Array) -> Array:
+                before = lax.dynamic_slice_in_dim(all_rows, offset, rows)
+                chosen = jnp.where(mine.reshape(-1, *[1] * (new.ndim - 1)), new, before)
+                return lax.dynamic_update_slice_in_dim(all_rows, chosen, offset, 0)
 
-    out = one_by_one() if num_rows <= block_tables.shape[0] else run_by_run()
-    return out.reshape(num_rows, num_heads, -1)
+            return begin + jnp.sum(mine, dtype=jnp.int32), jax.tree.map(put, out, served)
+
+        done: tuple[Array, _Softmax] = lax.while_loop(
+            lambda c: c[0] < num_tokens, serve, (jnp.int32(0), start(num_rows))
+        )
+        return done[1]
+
+    return one_by_one() if num_rows <= block_tables.shape[0] else run_by_run()
 
 
 __all__ = ["Pages", "QuantizedPages", "attend_pages", "write_pages"]

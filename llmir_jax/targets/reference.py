@@ -182,6 +182,7 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
             causal=scoring.causal,
             window=scoring.window,
             softcap=scoring.softcap,
+            shards=1 if op.shards is None else int_of(op.shards),
         )
         return attended.astype(dtype)
 
@@ -191,7 +192,7 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
 def _write_pages(op: llm.WritePagesOp) -> Reference:
     def run(*operands: Array) -> tuple[Array, ...]:
         (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
-        return write_pages(k_pages, v_pages, *rest)
+        return write_pages(k_pages, v_pages, *rest, shards=1 if op.shards is None else int_of(op.shards))
 
     return run
 

@@ -11,9 +11,10 @@ Compiled for TPU v5e (libtpu 0.0.52), int4, K = 1024, N = 4096, groups of 32, a 
 rows, the loop over blocks that keeps such values small copies the whole weight in each of its 16 turns. In int8 it is
 5.5 MB for 13.9. `tests/targets/test_tpu_layouts.py` compiles them.
 
-For GPUs nothing is measured. A loop of small blocks leaves most of one idle; in columns the product is one operation,
-in a form of int4 that XLA:GPU's own tests cover (FuseSubchannelDequantization). Where XLA does not fuse it, one weight
-at a time is there as floats.
+GPUs have a kernel that takes rows (`pallas_kernels.quantized_matmul`). Without it ("gpu-reference") a loop of small
+blocks would leave most of one idle; in columns the product is one operation, in a form of int4 that XLA:GPU's own tests
+cover (FuseSubchannelDequantization). Where XLA does not fuse it, one weight at a time is there as floats. Nothing of
+this is measured.
 
 Only parameters of @main that nothing but llm ops read are concerned. KV caches stay rows of bytes on every target:
 tokens are written to them one by one, and a token must own whole bytes. Whoever fills the arguments moves the integers
@@ -32,7 +33,13 @@ from llmir_jax.dialects import llm
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.transforms import signature
 
-LAYOUTS = {"cpu": llm.ROWS, "gpu": llm.COLUMNS, "reference": llm.ROWS, "tpu": llm.COLUMNS}
+LAYOUTS = {
+    "cpu": llm.ROWS,
+    "gpu": llm.ROWS,
+    "gpu-reference": llm.COLUMNS,
+    "reference": llm.ROWS,
+    "tpu": llm.COLUMNS,
+}
 """For each target, the layout of its weights."""
 _READERS = llm.DequantizeOp | llm.QuantizedGatherOp | llm.QuantizedMatmulOp
 
@@ -68,7 +75,7 @@ def lay_out_weights(module: ModuleOp, target: str) -> int:
 
 @dataclass(frozen=True)
 class HardwareSpecificQuantizationPass(ModulePass):
-    """The layout of quantized weights for a `target`: "cpu", "gpu", "tpu" or "reference"."""
+    """The layout of quantized weights for a `target`, one of `LAYOUTS`."""
 
     name = "hardware-specific-quantization"
 

@@ -120,12 +120,23 @@ def _erase(op: Operation) -> None:
 # -- ops to calls ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A target's own function of an op's operands, or of the parts of composite ones."""
+
+    function: Reference
+    platform: str | None
+    """What it is lowered for; None for the device that JAX uses."""
+
+
 @dataclass(kw_only=True)
-class _Lowering:
+class Lowering:
     """One run of the pass over a module: the functions made so far, and the parts of composite values."""
 
     module: ModuleOp
     num_devices: int | None
+    kernel: Callable[[Operation], Kernel | None] = lambda op: None
+    """What the target has for an op, in place of its decomposition."""
     functions: dict[Hashable, func.FuncOp] = field(default_factory=dict)
     parts: dict[SSAValue, Sequence[SSAValue]] = field(default_factory=dict)
     lowered: list[Operation] = field(default_factory=list)
@@ -183,8 +194,10 @@ class _Lowering:
         elif isinstance(op, _COLLECTIVES):
             self._replace(op, self._call_collective(op, op))
         else:
+            kernel = self.kernel(op) or Kernel(decomposition(op), None)
             operands = self.flat(op.operands)
-            results = self._call(op, op.name, decomposition(op), operands, _part_types(op.result_types))
+            result_types = _part_types(op.result_types)
+            results = self.call(op, op.name, kernel.function, operands, result_types, kernel.platform)
             self._replace(op, results)
 
     def _replace(self, op: Operation, results: Sequence[SSAValue]) -> None:
@@ -227,13 +240,14 @@ class _Lowering:
                 f"{_where(use.operation)}: expected a tensor, got {value.type}; only llm ops take such a value"
             )
 
-    def _call(
+    def call(
         self,
         op: Operation,
         name: str,
         reference: Reference,
         operands: Sequence[SSAValue],
         result_types: Sequence[Attribute],
+        platform: str | None = None,
     ) -> Sequence[SSAValue]:
         """Call a JAX function on values, before ``op``, whose properties it depends on."""
         operand_types = tuple(value.type for value in operands)
@@ -241,7 +255,8 @@ class _Lowering:
 
         def make() -> func.FuncOp:
             function_of_all = jax.jit(reference, keep_unused=True)
-            traced = lower_to_module(function_of_all, *(_shape_struct(op, type_) for type_ in operand_types))
+            shapes = (_shape_struct(op, type_) for type_ in operand_types)
+            traced = lower_to_module(function_of_all, *shapes, platform=platform)
             inline_calls(traced)
             for inner in traced.walk():
                 inner.attributes.pop(LOC, None)  # a place in the decomposition; the call has the op's own
@@ -305,15 +320,15 @@ class _Lowering:
         sums_type, row_type = TensorType(wide, (num_rows, num_heads, head_dim)), TensorType(wide, (num_rows, num_heads))
         seq_len = [] if op.seq_len is None else [op.seq_len]
         operands = [op.q, *self.flat([op.cache]), *partition, *seq_len]
-        sums, largest, total = self._call(
+        sums, largest, total = self.call(
             op, f"{op.name}_partial", steps.partial, operands, [sums_type, row_type, row_type]
         )
         largest_of_all = self._reduce(op, largest, "max", group_size)
-        sums, total = self._call(
+        sums, total = self.call(
             op, f"{op.name}_rescale", steps.rescale, [sums, total, largest, largest_of_all], [sums_type, row_type]
         )
         sums, total = (self._reduce(op, value, "sum", group_size) for value in (sums, total))
-        self._replace(op, self._call(op, f"{op.name}_finish", steps.finish, [sums, total], op.result_types))
+        self._replace(op, self.call(op, f"{op.name}_finish", steps.finish, [sums, total], op.result_types))
 
     def _reduce(self, anchor: Operation, value: SSAValue, reduction: str, group_size: int) -> SSAValue:
         reduce = llm.AllReduceOp(value, reduction=reduction, group_size=group_size)
@@ -337,17 +352,21 @@ class LowerToReferencePass(ModulePass):
     num_devices: int | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        lowering = _Lowering(module=op, num_devices=self.num_devices)
-        functions = [inner for inner in op.ops if isinstance(inner, func.FuncOp) and inner.body.blocks]
-        for function in functions:
-            connect_stages(function.body.block)
-            lowering.expand_arguments(function)
-            for inner in list(function.body.walk()):
-                if inner.dialect_name() == llm.LLM.name:
-                    lowering.lower(inner)
-                elif isinstance(inner, stablehlo.CustomCallOp):
-                    lowering.lower_custom_call(inner)
-            lowering.expand_results(function)
-        lowering.finish()
-        for function in functions:
-            lowering.drop_arguments(function)
+        lower_module(Lowering(module=op, num_devices=self.num_devices))
+
+
+def lower_module(lowering: Lowering) -> None:
+    """Lower every llm op of its module, in place."""
+    functions = [inner for inner in lowering.module.ops if isinstance(inner, func.FuncOp) and inner.body.blocks]
+    for function in functions:
+        connect_stages(function.body.block)
+        lowering.expand_arguments(function)
+        for inner in list(function.body.walk()):
+            if inner.dialect_name() == llm.LLM.name:
+                lowering.lower(inner)
+            elif isinstance(inner, stablehlo.CustomCallOp):
+                lowering.lower_custom_call(inner)
+        lowering.expand_results(function)
+    lowering.finish()
+    for function in functions:
+        lowering.drop_arguments(function)

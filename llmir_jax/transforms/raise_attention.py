@@ -7,11 +7,11 @@
 Structure finds the two dot products: one sums over keys, the other made its weights' scores from a query and a key.
 Layouts are followed by atoms (see `layout`), so any einsum order, MHA, GQA and MQA are one case; KV heads that were
 repeated for the product are stored once. Scale and soft-cap are read from the operations next to the scores. All the
-rest, from there to the weights, is judged by evaluation (see `masks`). An attention that cannot be raised is left as it
-was, with the reason, for the token-axis check to refuse.
+rest, from there to the weights, is judged by evaluation (see `judge_weights`). An attention that cannot be raised is
+left as it was, with the reason, for the token-axis check to refuse.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -25,9 +25,9 @@ from xdsl.transforms.dead_code_elimination import dce
 from xdsl_jax.dialects import stablehlo
 
 from llmir_jax.analysis.align import location, main_function
-from llmir_jax.analysis.evaluate import Subgraph, backward_slice, external_operands, extract
+from llmir_jax.analysis.evaluate import backward_slice, extract
 from llmir_jax.analysis.layout import AtomDims, Atoms
-from llmir_jax.analysis.masks import MaskForm, ScoreFunction, classify, consistent
+from llmir_jax.analysis.masks import MaskForm, ScoreFunction
 from llmir_jax.analysis.reshape import TokenDim
 from llmir_jax.analysis.token_axis import TokenAxis, ValueInfo, is_elementwise
 from llmir_jax.dialects import llm
@@ -35,27 +35,13 @@ from llmir_jax.dialects.build import OpBuilder, dtype_of, ints, scalar_constant,
 from llmir_jax.interop import op_name
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.check_token_axis import analyse_file, unknown_from_one_trace
-
-TOLERANCE = {2: 2e-2, 4: 2e-5, 8: 1e-6}
-"""How far an evaluated weight may be from the hypothesis, by bytes of its float dtype."""
-
-
-class NotRaised(Exception):
-    """Why a candidate is no attention we know; kept as the reason of its violation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """What raising needs besides the module."""
-
-    positions: SSAValue
-    max_seq_len: int
-    parameter_values: Mapping[SSAValue, Any]
-    """Arrays of the parameters, where a mask depends on one (a stored causal mask, say)."""
-    contents: Callable[[SSAValue], tuple[Any, Any, Any]]
-    """A value of positions that changes with the length: evaluated at the traced length, at the other one, and at the
-    longest. Between scores and weights such a value may still be harmless (a constant added to all scores of a query):
-    the map is judged with each content."""
+from llmir_jax.transforms.judge_weights import (
+    AttentionOptions,
+    NotRaised,
+    WeightsJudge,
+    depends_on_tokens,
+    opaque_inputs,
+)
 
 
 def raise_attention(axis: TokenAxis, ops: list[Operation], options: AttentionOptions) -> int:
@@ -80,18 +66,6 @@ def _sums_over_tokens(op: stablehlo.DotGeneralOp, axis: TokenAxis) -> bool:
     return op in axis.violations and any(axis.info[op.lhs].dims[d] is not None for d in over)
 
 
-def _factors(part: Subgraph) -> list[float]:
-    """Numbers that something in the subgraph is multiplied by or divided by."""
-    found = []
-    for op in part.module.walk():
-        if isinstance(op, stablehlo.MultiplyOp | stablehlo.DivideOp):
-            for operand in op.operands:
-                constant = scalar_constant(operand)
-                if constant is not None and constant.dtype.kind == "f" and float(constant):
-                    found += [float(constant), 1.0 / float(constant)]
-    return found
-
-
 class _Raiser:
     def __init__(
         self,
@@ -101,16 +75,17 @@ class _Raiser:
         cache: dict[Any, MaskForm | str],
         constants: dict[Any, float],
     ):
-        self.axis, self.op, self.options, self.cache, self.constants = axis, op, options, cache, constants
+        self.axis, self.op, self.constants = axis, op, constants
         self.length = axis.alignment.length
         self.atoms = Atoms()
+        self.judge = WeightsJudge(axis, self.atoms, options, cache)
 
     # Finding the parts
 
     def run(self) -> None:
         weights, values, weights_first = self._weights_and_values()
         scores = self._find_scores(weights)
-        self._check_closed(scores, weights, self._opaque_inputs(scores, [weights]))
+        self._check_closed(scores, weights, opaque_inputs(self.axis, scores, [weights]))
         scale, softcap, _ = self._score_chain(scores, weights)
         scores_dims, q_atom_k_atom, score_parts = self._score_layout(scores)
         weights_dims = self._follow(scores, weights, scores_dims)
@@ -176,25 +151,6 @@ class _Raiser:
         assert isinstance(op, stablehlo.DotGeneralOp)
         return op
 
-    def _opaque_inputs(self, scores: stablehlo.DotGeneralOp, outputs: Sequence[SSAValue]) -> list[SSAValue]:
-        """Values between scores and weights that change with the length; each is judged at several lengths."""
-        found: dict[SSAValue, None] = {}
-        seen: set[SSAValue] = {scores.results[0]}
-        pending = list(outputs)
-        while pending:
-            value = pending.pop()
-            if value in seen or not isinstance(value, OpResult):
-                continue
-            seen.add(value)
-            info = self.axis.info.get(value)
-            if info is not None and info.opaque and not info.tokens:
-                if value in self.axis.alignment.odd or any(d is not None and not d.plain for d in info.dims):
-                    raise NotRaised(f"the mask uses a value of positions that cannot be served: {info.opaque}")
-                found[value] = None
-                continue
-            pending += external_operands(value.op)
-        return list(found)
-
     def _check_closed(self, scores: stablehlo.DotGeneralOp, weights: SSAValue, opaque: Sequence[SSAValue]) -> None:
         """Between scores and weights, nothing else may depend on what the tokens are."""
         ops, _ = backward_slice([weights], [scores.results[0], *opaque])
@@ -202,15 +158,11 @@ class _Raiser:
         for op in ops:
             if any(x in depends for x in op.operands):
                 depends.update(op.results)
-            elif any(self._tokens(r) for r in op.results):
+            elif any(depends_on_tokens(self.axis, r) for r in op.results):
                 raise NotRaised(
                     f"the scores or their mask depend on the tokens themselves other than by query·key, through "
                     f"{op_name(op)} at {location(op)} (a padding mask, say)"
                 )
-
-    def _tokens(self, value: SSAValue) -> bool:
-        info = self.axis.info.get(value)
-        return info is not None and info.tokens
 
     def _score_chain(self, scores: stablehlo.DotGeneralOp, weights: SSAValue) -> tuple[float, float | None, SSAValue]:
         """Scale and soft-cap: constants that multiply the scores, and a tanh among them."""
@@ -328,7 +280,7 @@ class _Raiser:
             return memo[target]
         memo[target] = None
         op = target.owner
-        if not isinstance(op, Operation) or not self._tokens(target):
+        if not isinstance(op, Operation) or not depends_on_tokens(self.axis, target):
             return None
         movable = isinstance(op, stablehlo.TransposeOp | stablehlo.ReshapeOp) or (
             isinstance(op, stablehlo.BroadcastInDimOp)
@@ -367,166 +319,6 @@ class _Raiser:
             ops, _ = backward_slice([op.operands[1]], [scores.results[0]])
             made_from_scores = any(scores.results[0] in o.operands for o in ops)
             return (op, between, op.operands[1]) if made_from_scores else None
-
-    # Judging the map from scores to weights
-
-    def _classify(
-        self,
-        scores: stablehlo.DotGeneralOp,
-        scores_dims: AtomDims,
-        weights: SSAValue,
-        weights_dims: AtomDims,
-        heads: list[int],
-        queries: int,
-        keys: int,
-        score: ScoreFunction,
-        normaliser: SSAValue | None,
-        normaliser_dims: AtomDims | None,
-    ) -> MaskForm:
-        outputs = [weights] if normaliser is None else [weights, normaliser]
-        opaque = self._opaque_inputs(scores, outputs)
-        part = extract(outputs, [scores.results[0], self.options.positions, *opaque])
-        values = self._parameters(part, 2 + len(opaque))
-        contents = [self.options.contents(x) for x in opaque]
-        places = (scores_dims, weights_dims, normaliser_dims or [])
-        sizes = tuple(self.atoms.shape([*heads, queries, keys]))
-        layout = (*(tuple(map(tuple, dims)) for dims in places), tuple(heads), queries, keys, sizes, score)
-        data = tuple(np.asarray(v).tobytes() for v in [*values.values(), *(x for c in contents for x in c)])
-        key = (part.key, layout, data)
-        if key not in self.cache:
-            maps = [
-                self._weights_function(
-                    part,
-                    values,
-                    dict(zip(opaque, [c[which] for c in contents], strict=True)),
-                    scores,
-                    scores_dims,
-                    weights_dims,
-                    heads,
-                    queries,
-                    keys,
-                    normaliser_dims,
-                )
-                for which in (2, 0, 1)
-            ]
-            self.cache[key] = self._judge(maps if opaque else maps[:1], part, score, heads, weights, scores)
-        form = self.cache[key]
-        if isinstance(form, str):
-            raise NotRaised(form + self._mask_place(scores, weights))
-        return form
-
-    def _mask_place(self, scores: stablehlo.DotGeneralOp, weights: SSAValue) -> str:
-        """Where the mask comes from, for a message."""
-        ops, _ = backward_slice([weights], [scores.results[0]])
-        for op in ops:
-            if not self._tokens(op.results[0]):
-                continue
-            for operand in op.operands:
-                info = self.axis.info.get(operand)
-                if info is None or info.tokens or len(info.token_dims) != 2 or info.uniform:
-                    continue
-                source = operand.owner
-                while isinstance(source, stablehlo.BroadcastInDimOp | stablehlo.ReshapeOp | stablehlo.ConvertOp):
-                    source = source.operands[0].owner
-                if isinstance(source, Operation):
-                    return f"; the mask is made by {op_name(source)} at {location(source)}"
-        return ""
-
-    def _judge(
-        self,
-        maps: Sequence[Callable[[Any, Any], Any]],
-        part: Subgraph,
-        score: ScoreFunction,
-        heads: list[int],
-        weights: SSAValue,
-        scores: stablehlo.DotGeneralOp,
-    ) -> MaskForm | str:
-        num_heads = prod(self.atoms.shape(heads))
-        tolerance = TOLERANCE[max(2, min(dtype_of(weights).itemsize, dtype_of(scores.results[0]).itemsize))]
-        form = classify(
-            maps[0],
-            score,
-            heads=num_heads,
-            length=self.length,
-            max_seq_len=self.options.max_seq_len,
-            tolerance=tolerance,
-            factors=_factors(part),
-        )
-        lengths = (self.length, self.axis.alignment.other_length)
-        for which, other in enumerate(maps[1:]):
-            if isinstance(form, str):
-                break
-            reason = consistent(other, form, heads=num_heads, length=lengths[which], tolerance=tolerance, seed=which)
-            if reason is not None:
-                return f"it changes with the sequence length: {reason}"
-        return form
-
-    def _parameters(self, part: Subgraph, first: int) -> dict[SSAValue, Any]:
-        values = {}
-        for value in part.inputs[first:]:
-            if value not in self.options.parameter_values:
-                raise NotRaised("the mask depends on a parameter whose value is not known here")
-            values[value] = self.options.parameter_values[value]
-        return values
-
-    def _weights_function(
-        self,
-        part: Subgraph,
-        values: Mapping[SSAValue, Any],
-        tables: Mapping[SSAValue, Any],
-        scores: stablehlo.DotGeneralOp,
-        scores_dims: AtomDims,
-        weights_dims: AtomDims,
-        heads: list[int],
-        queries: int,
-        keys: int,
-        normaliser_dims: AtomDims | None,
-    ) -> Callable[[Any, Any], Any]:
-        order = [*heads, queries, keys]
-        sizes = self.atoms.shape(order)
-        flat_in = [a for d in scores_dims for a in d]
-        flat_out = [a for d in weights_dims for a in d]
-        dtype = dtype_of(scores.results[0])
-
-        def run(s: Any, positions: Any) -> Any:
-            count = len(positions)
-            if count < self.length:
-                s = np.pad(s, [(0, 0), *[(0, self.length - count)] * 2])
-                positions = np.arange(self.length, dtype=np.int32)
-            arranged = np.transpose(np.reshape(s, sizes), [order.index(a) for a in flat_in])
-            inputs = {
-                scores.results[0]: arranged.reshape(shape_of(scores.results[0])).astype(dtype),
-                self.options.positions: positions,
-                **values,
-                **{x: self._rows(x, table, positions) for x, table in tables.items()},
-            }
-            out = part.run(inputs)
-            got = out[0].astype(np.float64).reshape(self.atoms.shape(flat_out))
-            got = np.transpose(got, [flat_out.index(a) for a in order])
-            if normaliser_dims is not None:
-                flat = [a for d in normaliser_dims for a in d]
-                divisor = out[1].astype(np.float64).reshape(self.atoms.shape(flat))
-                extra = tuple(i for i, a in enumerate(flat) if a not in order)
-                if extra:
-                    varied = np.ptp(divisor, axis=extra) > 1e-6 * np.abs(divisor).max(axis=extra)
-                    if varied.any():
-                        raise NotRaised("the sum that normalises the weights differs between the values' dims")
-                    divisor = divisor.max(axis=extra)
-                kept = [a for a in flat if a in order]
-                divisor = np.transpose(divisor, [kept.index(a) for a in order if a in kept])
-                shape = [self.atoms.sizes[a] if a in kept else 1 for a in order]
-                got = got / divisor.reshape(shape)
-            got = got.reshape(-1, self.length, self.length)[:, :count, :count]
-            # a content for fewer tokens: the rest of the keys take no part
-            return got if count == self.length else got / np.maximum(got.sum(-1, keepdims=True), 1e-300)
-
-        return run
-
-    def _rows(self, value: SSAValue, table: Any, positions: Any) -> Any:
-        """Entries of a value that changes with the length, at `positions` along each of its token dims."""
-        for dim in self.axis.info[value].token_dims:
-            table = np.take(table, np.minimum(positions, table.shape[dim] - 1), axis=dim)
-        return table
 
     # Emitting
 
@@ -609,7 +401,7 @@ class _Raiser:
         if prod(self.atoms.shape(score_atoms)) != prod(shape_of(scores.results[0])):
             raise NotRaised("queries and keys are not the tokens alone (padded or extra keys)")
         score = ScoreFunction(scale=scale, softcap=softcap)
-        form = self._classify(
+        form = self.judge.form_of(
             scores,
             self.atoms.refine(self._scores_dims(scores, score_parts)),
             weights,

@@ -25,6 +25,11 @@ def _text(attributes: dict[str, Attribute], name: str) -> str | None:
     return value.data if isinstance(value, StringAttr) else None
 
 
+def role_of(attributes: dict[str, Attribute]) -> str | None:
+    """The role that an argument's dictionary says, or None."""
+    return _text(attributes, ROLE)
+
+
 def arguments(function: FuncOp, role: str) -> list[BlockArgument]:
     """Arguments of a role, in order (of cache group, for those there are one a group of)."""
     pairs = zip(function.body.block.args, argument_attributes(function), strict=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmir_jax.analysis.masks import MaskForm, ScoreFunction, classify, consistent
-from llmir_jax.transforms.raise_attention import TOLERANCE
+from llmir_jax.transforms.judge_weights import TOLERANCE
 
 Array = np.ndarray[Any, Any]
 Visible = Callable[[Array, Array], Array]  # (query positions [n, 1], key positions [1, n]) → bool [n, n]

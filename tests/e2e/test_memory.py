@@ -10,13 +10,12 @@ import pytest
 
 from llmir_jax.disk_cache import NO_CACHE
 
-BESIDE = 490e6
+BESIDE = 450e6
 """Bytes that serving int4 may take beside its weights and its cache: an empty JAX process takes half of them.
 
-Measured: 387 MB with JAX 0.10.2, 456 with JAX 0.12.
+Measured: 361 MB with JAX 0.10.2, 348 with JAX 0.12; where everything is compiled first, and the forward is run to check
+it, 412 and 383 MB.
 """
-FIRST = 600e6
-"""The same while everything is compiled, and the forward is run to check it."""
 WEIGHTS, CACHE = 96.6e6, 23.6e6  # of SmolLM2 in its own blocks, and of 512 tokens in float32
 
 
@@ -47,5 +46,5 @@ def test_int4_from_the_command_to_the_answer(
     later, later_bytes = generate(smollm2_path)
     assert first["token_ids"] == later["token_ids"]
     assert later["timings"]["self_check_s"] == 0
-    assert first_bytes <= WEIGHTS + CACHE + FIRST
+    assert first_bytes <= WEIGHTS + CACHE + BESIDE
     assert later_bytes <= WEIGHTS + CACHE + BESIDE

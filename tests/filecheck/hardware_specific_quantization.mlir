@@ -1,5 +1,5 @@
 // RUN: llmir-opt %s -p "hardware-specific-quantization{target=tpu}" | filecheck %s
-// RUN: llmir-opt %s -p "hardware-specific-quantization{target=gpu}" | filecheck %s
+// RUN: llmir-opt %s -p "hardware-specific-quantization{target=\"gpu-reference\"}" | filecheck %s
 // RUN: llmir-opt %s -p "hardware-specific-quantization{target=tpu},hardware-specific-quantization{target=tpu}" | filecheck %s
 // RUN: llmir-opt %s -p "hardware-specific-quantization{target=cpu}" | filecheck %s --check-prefix ROWS
 // RUN: llmir-opt %s -p "hardware-specific-quantization{target=tpu},hardware-specific-quantization{target=reference}" | filecheck %s --check-prefix ROWS
@@ -28,7 +28,7 @@
 // LOWERED-SAME: tensor<16x32xui4> {llmir.path = "embed"}, %{{[0-9a-z]+}}: tensor<2x32xf16> {llmir.path = "embed"}, %{{[0-9a-z]+}}: tensor<2x32xf16> {llmir.path = "embed"}
 // LOWERED-SAME: tensor<8x4xui8> {llmir.path = "narrow"}
 
-// TARGET: error: hardware-specific-quantization: target must be one of cpu, gpu, reference, tpu, got 'npu'
+// TARGET: error: hardware-specific-quantization: target must be one of cpu, gpu, gpu-reference, reference, tpu, got 'npu'
 
 builtin.module {
   func.func @main(

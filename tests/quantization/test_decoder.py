@@ -161,7 +161,7 @@ def test_layout_for_the_target(scheme: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Weights laid out for a TPU, run here: the same logits, of the same integers."""
     params, sequence = make_params(), np.random.default_rng(8).integers(0, VOCAB, 21)
     in_rows = build(params, scheme, verify=False)
-    monkeypatch.setattr("llmir_jax.decoder._layout_target", lambda platform: "tpu")
+    monkeypatch.setattr("llmir_jax.decoder._layout_target", lambda *_: "tpu")
     in_columns = build(params, scheme)  # checks itself: parameters are found again in what was merged
     (expected,), (logits,) = in_rows.logits([sequence]), in_columns.logits([sequence])
     error = np.abs(logits - expected).max() / np.abs(expected).max()

@@ -87,22 +87,33 @@ def test_never_worse_than_plain_rounding(bits: int, span: str, kind: str) -> Non
         assert (after <= before * (1 + 1e-4)).all()
 
 
+NUM_DRAWS = 8
+"""Of inputs and weights together: of one, the search for scales and zero points may gain 9 % only, of these 14 %."""
+
+
+def mean_losses(rng: np.random.Generator, kind: str) -> dict[str, float]:
+    """Losses of each method, of matrices of their own inputs, on inputs that were not calibrated with."""
+    scheme = parse_scheme(f"int4-g64{kind}")
+    sums = dict.fromkeys(("plain", "mse", "gptq"), 0.0)
+    for _ in range(NUM_DRAWS):
+        x = correlated(rng, 3000, 256)
+        w = (rng.standard_t(5, size=(64, 256)) * 0.05).astype(np.float32)
+        statistics, gram = InputStatistics.of(x[:2000]), x[2000:].T @ x[2000:]
+        for method in sums:
+            made = quantize(w, scheme)
+            if method != "plain":
+                made = quantize_calibrated(w, scheme, statistics=statistics, calibration=calibration(method))
+            sums[method] += losses(w, made, gram).sum() / NUM_DRAWS
+    return sums
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gain_on_correlated_inputs(kind: str) -> None:
     """Seen by inputs that were not calibrated with; half of it from the search for scales, half from feedback."""
-    rng = fresh()
-    x = correlated(rng, 3000, 256)
-    w = (rng.standard_t(5, size=(64, 256)) * 0.05).astype(np.float32)
-    scheme, statistics = parse_scheme(f"int4-g64{kind}"), InputStatistics.of(x[:2000])
-    gram = x[2000:].T @ x[2000:]
-    plain = losses(w, quantize(w, scheme), gram).sum()
-    found = {
-        method: losses(w, quantize_calibrated(w, scheme, statistics=statistics, calibration=calibration(method)), gram)
-        for method in ("mse", "gptq")
-    }
-    assert found["gptq"].sum() <= 0.5 * plain
-    assert found["gptq"].sum() <= 0.7 * found["mse"].sum()
-    assert found["mse"].sum() <= 0.96 * plain
+    found = mean_losses(fresh(), kind)
+    assert found["gptq"] <= 0.5 * found["plain"]
+    assert found["gptq"] <= 0.7 * found["mse"]
+    assert found["mse"] <= 0.9 * found["plain"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,19 +175,23 @@ def test_the_feedback_is_that_of_gptq() -> None:
 def test_the_search_never_loses(kind: Any, pooled: bool) -> None:
     """Weighted squared errors, of grids as they are stored; with outliers, where it gains much."""
     rng = fresh()
-    x = rng.standard_t(3, size=(64, 50)).astype(np.float32)
-    importance = rng.exponential(size=64).astype(np.float32)
     for scheme in (Scheme(bits=4, group_size=64, kind=kind), Scheme(bits=8, group_size=64, kind=kind)):
-        errors = []
-        for grids in (
-            plain_grids(x, scheme, "w", pooled=pooled),
-            best_grids(x, scheme, "w", importance=importance, pooled=pooled),
-        ):
-            encoder = grids.encoder()
-            errors.append(importance @ (encoder.decode(encoder.round(x)) - x) ** 2)
-        if not pooled:
-            assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
-        assert errors[1].sum() <= (0.95 if scheme.bits == 4 else 1.0) * errors[0].sum()
+        gains = []
+        for _ in range(NUM_DRAWS):  # of one, an outlier may leave nothing to gain
+            x = rng.standard_t(3, size=(64, 50)).astype(np.float32)
+            importance = rng.exponential(size=64).astype(np.float32)
+            errors = []
+            for grids in (
+                plain_grids(x, scheme, "w", pooled=pooled),
+                best_grids(x, scheme, "w", importance=importance, pooled=pooled),
+            ):
+                encoder = grids.encoder()
+                errors.append(importance @ (encoder.decode(encoder.round(x)) - x) ** 2)
+            if not pooled:
+                assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+            gains.append(errors[1].sum() / errors[0].sum())
+        assert max(gains) <= 1 + 1e-5
+        assert np.median(gains) <= (0.95 if scheme.bits == 4 else 1.0)
 
 
 def test_ways_of_rounding() -> None:

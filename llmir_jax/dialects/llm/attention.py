@@ -1,6 +1,6 @@
 """Attention without a cache, and over the page arrays of one layer."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from xdsl.dialects.builtin import BoolAttr, FloatAttr, IntegerAttr, TensorType
 from xdsl.ir import Attribute, Operation, SSAValue
@@ -169,6 +169,16 @@ def _check_pages(k_pages: SSAValue, v_pages: SSAValue) -> dict[str, int]:
     return sizes
 
 
+def _check_shards(shards: IntegerAttr[Any] | None, pages: SSAValue) -> None:
+    if shards is None:
+        return
+    kind = pages.type
+    assert isinstance(kind, TensorType | QuantizedTensorType)
+    page_size, count = kind.get_shape()[1], shards.value.data
+    if count < 1 or page_size % count:
+        fail("shards", f"a divisor of the page size {page_size}", count)
+
+
 @irdl_op_definition
 class WritePagesOp(LLMOp):
     """The page arrays of a layer with the keys and values of a step written to the pages that the tables name.
@@ -182,7 +192,8 @@ class WritePagesOp(LLMOp):
 
     Pages are [N, PS, Hkv, D] ([…, Dv] for values), k and v [T, Hkv, D], block tables [S, P]. Row t goes to slot
     ``positions[t] % PS`` of page ``block_tables[seq_ids[t], positions[t] // PS]``, in the pages' element type. Rows
-    from ``num_tokens`` on are padding and write nothing.
+    from ``num_tokens`` on are padding and write nothing. With ``shards`` the positions of every page are in so many
+    parts of one length, one after the other, each on other devices.
     """
 
     name = "llm.write_pages"
@@ -195,6 +206,8 @@ class WritePagesOp(LLMOp):
     positions = operand_def(TensorType)
     block_tables = operand_def(TensorType)
     num_tokens = operand_def(TensorType)
+
+    shards = opt_prop_def(IntegerAttr)
 
     new_k_pages = result_def(PAGES)
     new_v_pages = result_def(PAGES)
@@ -237,6 +250,7 @@ class WritePagesOp(LLMOp):
             },
             **_check_pages(self.k_pages, self.v_pages),
         )
+        _check_shards(self.shards, self.k_pages)
         check_same_type("first result", self.new_k_pages, "k_pages", self.k_pages)
         check_same_type("second result", self.new_v_pages, "v_pages", self.v_pages)
 
@@ -255,7 +269,8 @@ class AttendPagesOp(LLMOp):
     q is [T, H, D], pages [N, PS, Hkv, D] ([…, Dv] for values), block tables [S, P]. The key at position j of sequence s
     is in slot ``j % PS`` of page ``block_tables[s, j // PS]``; positions from ``seq_lens[s]`` on do not exist. What is
     visible to a query, and its score, are as in `AttentionOp`. Rows from ``num_tokens`` on are padding: their results
-    are finite and mean nothing. The result is [T, H, Dv].
+    are finite and mean nothing. The result is [T, H, Dv]. With ``shards`` the positions of every page are in so many
+    parts, each on other devices: attention is to each by itself, and then merged.
     """
 
     name = "llm.attend_pages"
@@ -275,6 +290,7 @@ class AttendPagesOp(LLMOp):
     causal = prop_def(BoolAttr, default_value=TRUE)
     window = opt_prop_def(IntegerAttr)
     softcap = opt_prop_def(FloatAttr)
+    shards = opt_prop_def(IntegerAttr)
 
     output = result_def(TensorType)
 
@@ -316,6 +332,7 @@ class AttendPagesOp(LLMOp):
         )
         check_mask_properties(self.scale, self.window, self.softcap)
         pages = _check_pages(self.k_pages, self.v_pages)
+        _check_shards(self.shards, self.k_pages)
         sizes = check_shapes(
             {
                 "q": (self.q, ("T", "H", "D")),

@@ -1,0 +1,89 @@
+"""`mesh="auto"`: the step is derived once without a mesh, its cost counted, and the best layout of the devices taken.
+
+Copies of the model (`data`) are not among the layouts: each would serve as many sequences again, which is for the user
+to ask for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from llmir_jax.analysis.align import main_function
+from llmir_jax.analysis.cost import step_cost
+from llmir_jax.derive import Derived
+from llmir_jax.errors import LlmirError
+from llmir_jax.placement import Placement
+from llmir_jax.step import cache_groups_of
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.memory_planning import stored_bytes
+from sharding.choice import choose
+from sharding.cost import CostModel, Workload
+from sharding.errors import ShardingError
+from sharding.mesh import PIPELINE, SEQUENCE, TENSOR
+from sharding.rules import parse_rules
+from sharding.step_cost import StepCost
+from sharding.topologies import Topology, topology_of
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenMesh:
+    """Axes of a mesh, and why these."""
+
+    axes: dict[str, int] | None
+    """None for one device."""
+    why: str
+
+
+def choose_mesh(
+    derive: Callable[[Placement], Derived],
+    *,
+    max_seqs: int,
+    context: int,
+    rules: Any = None,
+    devices: Sequence[jax.Device] | None = None,
+    topology: Topology | None = None,
+) -> ChosenMesh:
+    """The best layout of the devices, of all processes, for `max_seqs` sequences of `context` tokens that decode.
+
+    Args:
+        derive: the step on one device.
+        devices: None for all that JAX has.
+        topology: what they are; None for what they say.
+
+    Raises:
+        LlmirError: devices whose figures are not known; a model that suits no layout of them, or fits in none.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    if len(found) == 1:
+        return ChosenMesh(axes=None, why="there is one device")
+    try:
+        where = topology_of(found) if topology is None else topology
+        model = CostModel(cost_of(derive(one_device()), max_seqs), where, rules=parse_rules(rules))
+        one_process = len({device.process_index for device in found}) == 1
+        axes = (PIPELINE, SEQUENCE, TENSOR) if one_process else (SEQUENCE, TENSOR)
+        choice = choose(model, Workload(batch=max_seqs, context=context), axes=axes)
+    except ShardingError as error:
+        raise LlmirError(str(error)) from None
+    return ChosenMesh(axes=choice.best.layout.axes, why=f"on {where.name} {choice.why}")
+
+
+def cost_of(derived: Derived, max_seqs: int) -> StepCost:
+    """Of a step that is derived for one device, from its shapes."""
+    main = main_function(derived.module)
+    sizes = [stored_bytes(arg.type) for arg, _ in signature.parameter_paths(main)]
+    return step_cost(derived.module, sizes, cache_groups_of(main), max_seqs=max_seqs)
+
+
+def one_device() -> Placement:
+    """What a step that is to be partitioned is derived for: its matrices stay apart."""
+    mesh = Mesh(np.array(jax.devices()[:1]), (TENSOR,), axis_types=(AxisType.Auto,))
+    return Placement.of(mesh)
+
+
+__all__ = ["AUTO", "ChosenMesh", "choose_mesh", "cost_of", "one_device"]

@@ -1,0 +1,37 @@
+"""What the GPU target has kernels for: Triton's, which jax-triton brings into a JAX program."""
+
+import importlib.util
+from functools import partial
+
+import jax
+
+from llmir_jax.targets.paged_kernels import PagedKernel
+from pallas_kernels.chips import Chip, UnknownChipError
+from pallas_kernels.paged_attention.gpu import gpu_limits, paged_attention_gpu, tiles_reason, unsupported_reason
+from pallas_kernels.paged_attention.types import Sizes
+
+
+def paged_kernel(chip: Chip) -> PagedKernel:
+    """Ragged paged attention by Triton, for a chip."""
+
+    def reason(sizes: Sizes) -> str | None:
+        return unsupported_reason(sizes, chip.capability) or tiles_reason(sizes, chip)
+
+    return PagedKernel(
+        run=partial(paged_attention_gpu, chip=chip),
+        page_width=lambda num_kv_heads, head_dim: num_kv_heads * head_dim,
+        unsupported_reason=reason,
+    )
+
+
+def kernels_for(device: jax.Device) -> Chip | str:
+    """The chip that kernels are chosen for on a device, or why there are none."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return "jax-triton is not installed: pip install 'llmir-jax[gpu]', with Python 3.12 or later and JAX 0.11"
+    try:
+        return gpu_limits(device)
+    except UnknownChipError as error:
+        return str(error)
+
+
+__all__ = ["kernels_for", "paged_kernel"]

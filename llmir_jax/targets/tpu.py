@@ -1,0 +1,15 @@
+"""What the TPU target has kernels for."""
+
+from functools import partial
+
+from llmir_jax.targets.paged_kernels import PagedKernel, find_attention
+from pallas_kernels.paged_attention.tpu import page_width, paged_attention_tpu, unsupported_reason
+
+
+def paged_kernel(*, interpret: bool) -> PagedKernel:
+    """Ragged paged attention by Pallas."""
+    run = partial(paged_attention_tpu, interpret=interpret)
+    return PagedKernel(run=run, page_width=page_width, unsupported_reason=unsupported_reason)
+
+
+__all__ = ["find_attention", "paged_kernel"]

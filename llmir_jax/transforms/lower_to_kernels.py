@@ -1,0 +1,142 @@
+"""Replaces what a target has kernels for by their calls, and all other llm ops by their reference decompositions.
+
+    %kp1, %vp1 = llm.write_pages %kp, %vp, %k, %v, … : (tensor<512x16x8x128xbf16>, …)
+    %o = llm.attend_pages %q, %kp1, %vp1, …
+      →
+    %o, %kp1, %vp1 = func.call @llm_paged_attention(%q, %k, %v, %kp, %vp, …) : (…, tensor<512x16x1024xbf16>, …)
+
+The function holds the kernel, as a `stablehlo.custom_call`. Pages that it serves change their type, of @main's
+arguments and results too (`targets.paged_kernels`). What no kernel serves, `unserved` tells why.
+
+`max_tokens` is the largest number of tokens the step is made for, and 0 for those of the module: the choice must be the
+same for all of them, since they share the pages. A pass of a target says which kernels these are.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp, TensorType
+from xdsl.ir import Attribute, BlockArgument, Operation
+from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
+
+from llmir_jax.analysis.align import main_function
+from llmir_jax.dialects import llm
+from llmir_jax.dialects.build import shape_of
+from llmir_jax.errors import InvalidIRError
+from llmir_jax.targets.paged_kernels import FusedAttention, PagedKernel, find_attention, served_pages
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.lower_to_reference import Kernel, Lowering, lower_module
+from pallas_kernels.chips import Chip, UnknownChipError, chip_named
+
+Unserved = Mapping[str, Mapping[str, int]]
+"""By the name of the operation: why some have no kernel, and how many each reason is of."""
+
+
+@dataclass(frozen=True)
+class LowerToKernelsPass(ModulePass, ABC):
+    """llm ops to a target's kernels, and where there are none to their reference decompositions."""
+
+    max_tokens: int = 0
+
+    @property
+    @abstractmethod
+    def paged_kernel(self) -> PagedKernel:
+        """The target's kernel of ragged paged attention."""
+
+    @property
+    @abstractmethod
+    def platform(self) -> str | None:
+        """What kernels are lowered for, in JAX's words; None for the device that JAX uses."""
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[Any, ...]:
+        """Whatever the choice of kernels depends on."""
+
+    @abstractmethod
+    def matmul_reason(self, op: llm.QuantizedMatmulOp) -> str | None:
+        """None if `kernel` has one for the product, else why not."""
+
+    @abstractmethod
+    def kernel(self, op: Operation) -> Kernel | None:
+        """The target's kernel for an operation that is no attention; None where its decomposition serves."""
+
+    @abstractmethod
+    def titles(self) -> Mapping[str, str]:
+        """By the name of the operation: the kernel, in the report."""
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        main = main_function(op)
+        lowering = Lowering(module=op, num_devices=None, kernel=self.kernel)
+        kernel = self.paged_kernel
+        for fused in find_attention(list(main.body.block.ops)):
+            if fused.reason(kernel, self.max_tokens or shape_of(fused.attend.q)[0]) is None:
+                _fuse(lowering, fused, kernel, self.platform)
+        signature.sync(main)
+        lower_module(lowering)
+
+    def unserved(self, module: ModuleOp) -> Unserved:
+        """What the pass would leave to reference decompositions though there are kernels of its kind, and why."""
+        found: dict[str, Counter[str]] = {}
+        ops = list(main_function(module).body.block.ops)
+        kernel = self.paged_kernel
+        reasons = [("llm.attend_pages", fused.reason(kernel, self.max_tokens)) for fused in find_attention(ops)]
+        reasons += [(op.name, self.matmul_reason(op)) for op in ops if isinstance(op, llm.QuantizedMatmulOp)]
+        for name, reason in reasons:
+            if reason is not None:
+                found.setdefault(name, Counter())[reason] += 1
+        return found
+
+    def kernel_pages(self, module: ModuleOp) -> frozenset[int]:
+        """The arguments of @main that hold pages as a kernel wants them."""
+        kernel = self.paged_kernel
+        found = find_attention(list(main_function(module).body.block.ops))
+        return frozenset(
+            pages.index
+            for fused in found
+            if fused.reason(kernel, self.max_tokens) is None
+            for pages in (fused.write.k_pages, fused.write.v_pages)
+            if isinstance(pages, BlockArgument)
+        )
+
+    def page_type(self, kind: Attribute) -> TensorType[Any]:
+        """The array that holds pages of this type where a kernel serves them."""
+        return served_pages(kind, self.paged_kernel)
+
+
+def _fuse(lowering: Lowering, fused: FusedAttention, kernel: PagedKernel, platform: str | None) -> None:
+    attend, write = fused.attend, fused.write
+    for pages in (write.k_pages, write.v_pages):
+        signature.retype(pages, served_pages(pages.type, kernel))
+    results = lowering.call(
+        attend,
+        "llm.paged_attention",
+        fused.function(kernel),
+        fused.operands,
+        [attend.output.type, write.k_pages.type, write.v_pages.type],
+        platform=platform,
+    )
+    for old, new in zip((attend.output, write.new_k_pages, write.new_v_pages), results, strict=True):
+        new.name_hint = old.name_hint
+        old.replace_all_uses_with(new)
+    Rewriter.erase_op(attend)
+    Rewriter.erase_op(write)
+
+
+def chip_of_target(pass_name: str, name: str, platform: str) -> Chip:
+    """The chip that a pass is given by name. Raises InvalidIRError for one that is not known, or of another target."""
+    try:
+        found = chip_named(name)
+    except UnknownChipError as error:
+        raise InvalidIRError(f"{pass_name}: {error}") from None
+    if found.platform != platform:
+        raise InvalidIRError(f"{pass_name}: chip must be a {platform.upper()}, got {name!r}")
+    return found
+
+
+__all__ = ["LowerToKernelsPass", "Unserved", "chip_of_target"]

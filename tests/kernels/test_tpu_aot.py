@@ -1,0 +1,37 @@
+"""Kernels compiled for TPUs, by the compiler that TPUs have, on a machine that has none."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GENERATIONS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'llmir-jax[tpu-aot]'"
+    ),
+]
+
+
+def compiled(script: str, *args: str) -> str:
+    """What a script beside this file prints, in a process of its own: libtpu logs, and is one process's at a time."""
+    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    path = Path(__file__).with_name(script)
+    done = subprocess.run([sys.executable, path, *args], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_paged_attention(generation: str) -> None:
+    lines = compiled("compile_paged_attention.py", generation).splitlines()
+    assert lines
+    for line in lines:
+        name, kernels, aliased = line.split()
+        assert int(kernels) >= 1, f"{name}: no Mosaic kernel in the program"
+        assert aliased == "in-place", f"{name}: pages are copied"

@@ -1,0 +1,54 @@
+"""Whole derived steps compiled for TPUs, by the compiler that TPUs have, on a machine that has none."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmir_jax.errors import LlmirError
+from llmir_jax.targets.tpu_aot import compile_for_tpu
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra tpu-aot"),
+]
+CASES = [
+    ("v5e:2x2", "smollm2"),
+    ("v6e:2x2", "smollm2"),
+    ("v5p:2x2x1", "smollm2"),
+    ("tpu7x:2x2x1", "smollm2"),
+    ("v5e:2x2", "llama-3-8b-int4"),  # in bfloat16 it has no room in 16 GB
+    ("v6e:2x2", "llama-3-8b"),
+    ("v5p:2x2x1", "llama-3-8b"),
+    ("tpu7x:2x2x1", "llama-3-8b"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "name"), CASES, ids=str)
+def test_compiled(topology: str, name: str) -> None:
+    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    script = Path(__file__).with_name("compile_derived_steps.py")
+    done = subprocess.run(
+        [sys.executable, script, topology, name], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    decode, mixed = map(json.loads, done.stdout.splitlines())
+    layers = decode["attention_layers"]
+    assert layers == (30 if name == "smollm2" else 32)
+    assert decode["unserved"] == mixed["unserved"] == {}
+    assert decode["num_kernels"] >= layers
+    assert mixed["num_kernels"] >= 2 * layers  # single tokens, and chunks of prompts
+    width = 256 if name == "smollm2" else 1024
+    page_bytes = 2 * layers * 64 * 128 * width * 2
+    assert decode["aliased_bytes"] >= page_bytes
+    assert decode["temporary_bytes"] < page_bytes
+
+
+def test_topology_that_does_not_exist() -> None:
+    with pytest.raises(LlmirError, match="topology 'v99:2x2'"):
+        compile_for_tpu(lambda model, tokens: tokens, {}, "v99:2x2", tokens=(8,), max_seqs=8, num_pages=8)

@@ -1,0 +1,92 @@
+"""Derived steps lowered to a GPU's kernels, on a machine that has no GPU: what they call, and why not where not."""
+
+import importlib.util
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+
+import llmir_jax as llmir
+from llmir_jax.analysis.align import main_function
+from llmir_jax.errors import InvalidIRError
+from llmir_jax.models.llama import Llama, LlamaConfig
+from llmir_jax.pipeline import text_of
+from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
+from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs jax-triton and JAX's CUDA plugin, which need no GPU",
+)
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_seq_len=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(None, 9),
+)
+
+
+def derived(config: LlamaConfig = CONFIG, **options: object) -> ModuleOp:
+    """The step over pages, at the length it was derived at."""
+    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    forward = llmir.jit(lambda model, tokens: model(tokens), target="reference")
+    decoder = forward.decoder(model, page_size=16, num_pages=16, max_seqs=3, verify=False, **options)
+    return decoder._step.derived_module.clone()
+
+
+@needs_plugin
+def test_both_layers_call_the_kernel() -> None:
+    module = derived()
+    lower = LowerToGpuPass(max_tokens=16, chip="t4")
+    assert lower.unserved(module) == {}
+    served = lower.kernel_pages(module)
+    assert len(served) == 4  # keys and values of two layers
+    SpecializeTokensPass(tokens=16).apply(Context(), module)
+    lower.apply(Context(), module)
+    module.verify()
+    text = text_of(module)
+    assert text.count("@triton_kernel_call_ffi") == 2  # one has a window
+    assert "llm." not in text.replace("llmir.", "")
+    pages = [main_function(module).body.block.args[index].type for index in served]
+    assert {str(kind) for kind in pages} == {"tensor<16x16x32xbf16>"}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        (CONFIG, {"kv_cache": "int8"}, "pages are int8 with a float16 scale"),
+        (replace(CONFIG, head_dim=320), {}, "head_dim 320 is larger than 256"),
+    ],
+)
+def test_what_no_kernel_serves_is_said(config: LlamaConfig, options: dict[str, object], reason: str) -> None:
+    unserved = LowerToGpuPass(max_tokens=16).unserved(derived(config, **options))
+    ((text, count),) = unserved["llm.attend_pages"].items()
+    assert reason in text
+    assert count == 2
+
+
+@needs_plugin
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32-min", "int4-g32-a8"])
+def test_quantized_products_call_their_kernel(scheme: str) -> None:
+    module = derived(replace(CONFIG, intermediate_size=64), quantize=scheme)
+    lower = LowerToGpuPass(max_tokens=16, chip="h100")
+    assert lower.unserved(module) == {}
+    SpecializeTokensPass(tokens=16).apply(Context(), module)
+    lower.apply(Context(), module)
+    module.verify()
+    assert text_of(module).count("@triton_kernel_call_ffi") > 2  # two are attention
+
+
+def test_chips_of_other_targets_are_refused() -> None:
+    with pytest.raises(InvalidIRError, match=r"lower-to-gpu: chip must be a GPU, got 'v5e'"):
+        LowerToGpuPass(chip="v5e").unserved(derived())

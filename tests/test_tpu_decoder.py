@@ -1,0 +1,80 @@
+"""Decoders on the TPU's kernels, interpreted on a CPU: the self-check compares each with its forward."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import llmir_jax as llmir
+from llmir_jax.models.llama import Llama, LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_seq_len=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(None, 9),
+)
+
+
+@llmir.jit(target="tpu")
+def forward(model: Llama, tokens: jnp.ndarray) -> jnp.ndarray:
+    return model(tokens)
+
+
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1, windows=(None,))
+
+
+def decoder(page_size: int = 16, config: LlamaConfig = CONFIG, **options: object) -> llmir.Decoder:
+    model = Llama(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    sizes = {"num_pages": 256 // page_size, "max_seqs": 3, "buckets": (3, 16), "burst": 0.0}
+    return forward.decoder(model, page_size=page_size, interpret=True, **sizes, **options)
+
+
+def test_served_by_the_kernel() -> None:
+    served = decoder()
+    report = served.report()
+    assert report.self_check.startswith("passed")
+    assert report.served_by["llm.attend_pages"] == report.served_by["llm.write_pages"]
+    assert report.served_by["llm.attend_pages"].startswith("the Pallas kernel of ragged paged attention, interpreted")
+    assert "reference" in report.served_by["llm.linear"]
+    assert {group.row_width for group in served.cache_groups} == {128}
+    prompts = [[1, 2, 3], list(range(20)), [7]]
+    tokens = served.generate(prompts, llmir.SamplingParams(max_tokens=6, temperature=0.0))
+    model = Llama(CONFIG, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    reference = llmir.jit(lambda model, tokens: model(tokens), target="reference").decoder(
+        model, page_size=16, num_pages=16, max_seqs=3, buckets=(3, 16), verify=False
+    )
+    assert tokens == reference.generate(prompts, llmir.SamplingParams(max_tokens=6, temperature=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"page_size": 4}, "page_size 4 is no multiple of 8"),
+        ({"kv_cache": "int8"}, "pages are int8 with a float16 scale"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(options: dict[str, object], reason: str) -> None:
+    report = decoder(**options, verify=False).report()
+    assert reason in report.served_by["llm.attend_pages"]
+    assert "reference" in report.served_by["llm.attend_pages"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32-min"])
+def test_quantized_products_have_a_kernel(scheme: str) -> None:
+    report = decoder(config=ONE_LAYER, quantize=scheme).report()
+    assert report.self_check.startswith("passed")
+    assert report.served_by["llm.quantized_matmul"].startswith("the Pallas kernel of quantized matmul, interpreted")
+
+
+def test_products_that_the_kernel_does_not_take() -> None:
+    served = decoder(quantize={".*up.*": "int8-g16", ".*": "int8"}, verify=False).report().served_by
+    assert "groups of multiples of 32, got 16" in served["llm.quantized_matmul"]
