@@ -9,17 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.analysis.cost import step_cost
+from llmir_jax.calibrate import Planner
 from llmir_jax.derive import Derived
 from llmir_jax.errors import LlmirError
+from llmir_jax.pipeline import Recorder, derive_step
 from llmir_jax.placement import Placement
+from llmir_jax.quantization import MixedPrecision, Quantize
 from llmir_jax.step import cache_groups_of
+from llmir_jax.trace import Traced, flatten_forward, flatten_params, trace
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.memory_planning import stored_bytes
+from llmir_jax.weights import ModelWeights
 from sharding.choice import choose
 from sharding.cost import CostModel, Workload
 from sharding.errors import ShardingError
@@ -71,6 +77,42 @@ def choose_mesh(
     except ShardingError as error:
         raise LlmirError(str(error)) from None
     return ChosenMesh(axes=choice.best.layout.axes, why=f"on {where.name} {choice.why}")
+
+
+def derive_from_shapes(
+    forward: Callable[[Any, jax.Array], jax.Array],
+    model: Any,
+    quantize: Quantize,
+    max_seq_len: int | None,
+    placement: Placement,
+    *,
+    max_seqs: int,
+    page_size: int,
+    num_pages: int,
+    kv_cache: str | None,
+) -> Derived:
+    """The step on one device, from shapes alone, for its cost."""
+    if isinstance(quantize, MixedPrecision):
+        raise LlmirError("mesh='auto' takes quantize as a scheme or rules, not mixed precision: give the axes")
+    shapes = ModelWeights([p.path for p in flatten_forward(forward, model).params], flatten_params(model))
+
+    def trace_at(length: int) -> Traced:
+        return trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
+
+    planner = Planner(quantize, shapes, trace_at=trace_at, target="reference")
+    return derive_step(
+        trace_at,
+        None,
+        max_seqs=max_seqs,
+        max_seq_len=min(max_seq_len or num_pages * page_size, num_pages * page_size),
+        page_size=page_size,
+        num_pages=num_pages,
+        recorder=Recorder(),
+        plan_weights=None if quantize is None else planner.plan,
+        kv_cache=kv_cache,
+        target="tpu",
+        placement=placement,
+    )
 
 
 def cost_of(derived: Derived, max_seqs: int) -> StepCost:

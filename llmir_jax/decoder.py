@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from llmir_jax.analysis.cost import step_cost
-from llmir_jax.auto_mesh import AUTO, ChosenMesh, choose_mesh
+from llmir_jax.auto_mesh import AUTO, ChosenMesh, choose_mesh, derive_from_shapes
 from llmir_jax.calibrate import Planner
 from llmir_jax.dense_parameters import DenseParameters
 from llmir_jax.derive import Derived
@@ -27,7 +27,7 @@ from llmir_jax.pipelined_step import PipelinedStep
 from llmir_jax.placement import MeshOption, Placement, as_mesh
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.processes import num_processes, shared_seeds, watch
-from llmir_jax.quantization import Calibration, MixedPrecision, Quantize
+from llmir_jax.quantization import Calibration, Quantize
 from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
@@ -37,17 +37,13 @@ from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.snapshots import Snapshots
 from llmir_jax.runtime.text import Tokenizer
+from llmir_jax.served_by import servers_of
 from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
-from llmir_jax.targets.gpu import kernels_for
+from llmir_jax.target_choice import TargetChoice, check_target
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
-from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
-from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
-from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
-from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, most_rows, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
-from pallas_kernels.chips import Chip, chip_of
 from sharding.mesh import DATA, PIPELINE, sub_meshes
 from sharding.step_cost import StepCost
 
@@ -55,7 +51,6 @@ STAGES = ("stablehlo", "llm", "target")
 DEFAULT_BUCKETS = (64, 512)
 BURST = 0.02
 """Seconds that the tokens of one call may take while all requests decode: less than a reader sees."""
-"""Bits of quantized caches, by name."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
 
 
@@ -63,45 +58,6 @@ def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise LlmirError(f"decoder: {name} must be a whole number of at least 1, got {value!r}")
-
-
-def _check_target(target: str | None, interpret: bool) -> str:
-    """The platform that the decoder runs on."""
-    platform = jax.default_backend()
-    if interpret and target != "tpu":
-        raise LlmirError(f"decoder: interpret=True is of the kernels of target='tpu', got target={target!r}")
-    if interpret:
-        return platform
-    if target not in (None, "reference", platform) and not (target == "gpu" and platform in ("cuda", "rocm")):
-        raise LlmirError(
-            f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
-        )
-    return platform
-
-
-def _native_kv_cache() -> str | None:
-    """What native code takes keys and values as, where that is left to it: it reads float16 twice as fast."""
-    from llmir_jax.targets.cpu.host import this_host
-
-    return "float16" if this_host().has_half else None
-
-
-def _layout_target(platform: str, target: str | None, has_gpu_kernels: bool) -> str:
-    """The target that quantized weights are laid out for."""
-    if target == "tpu":
-        return target
-    if platform in ("gpu", "cuda", "rocm"):
-        return "gpu" if has_gpu_kernels else "gpu-reference"
-    return platform if platform in LAYOUTS else "reference"
-
-
-def _kernel_text(kernel: str, reference: str, count: int, reasons: Mapping[str, int]) -> str:
-    """What serves so many operations, and why not the kernel where not."""
-    if not reasons:
-        return kernel
-    others = [f"{number} by {reference}: {reason}" for reason, number in reasons.items()]
-    served = count - sum(reasons.values())
-    return "; ".join([f"{served} by {kernel}", *others] if served else others)
 
 
 def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[int, ...]:
@@ -112,42 +68,6 @@ def _buckets(buckets: Sequence[int] | None, max_seqs: int, most: int) -> tuple[i
             raise LlmirError("decoder: buckets must not be empty; leave it out for the default")
         return tuple(sorted({*buckets, max(max_seqs, *buckets)}))
     return tuple(sorted({1, max_seqs, *(b for b in DEFAULT_BUCKETS if b < most), min(most, DEFAULT_BUCKETS[-1])}))
-
-
-def _derive_alone(
-    forward: Callable[[Any, jax.Array], jax.Array],
-    model: Any,
-    quantize: Quantize,
-    max_seq_len: int | None,
-    placement: Placement,
-    *,
-    max_seqs: int,
-    page_size: int,
-    num_pages: int,
-    kv_cache: str | None,
-) -> Derived:
-    """The step on one device, from shapes alone, for its cost."""
-    if isinstance(quantize, MixedPrecision):
-        raise LlmirError("mesh='auto' takes quantize as a scheme or rules, not mixed precision: give the axes")
-    shapes = ModelWeights([p.path for p in flatten_forward(forward, model).params], flatten_params(model))
-
-    def trace_at(length: int) -> Traced:
-        return trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
-
-    planner = Planner(quantize, shapes, trace_at=trace_at, target="reference")
-    return derive_step(
-        trace_at,
-        None,
-        max_seqs=max_seqs,
-        max_seq_len=min(max_seq_len or num_pages * page_size, num_pages * page_size),
-        page_size=page_size,
-        num_pages=num_pages,
-        recorder=Recorder(),
-        plan_weights=None if quantize is None else planner.plan,
-        kv_cache=kv_cache,
-        target="tpu",
-        placement=placement,
-    )
 
 
 class Decoder:
@@ -256,11 +176,11 @@ class Decoder:
             _check_sizes(max_seq_len=max_seq_len)
         if kv_cache not in (None, *KV_CACHES):
             raise LlmirError(f"decoder: kv_cache must be one of {', '.join(KV_CACHES)}, or None, got {kv_cache!r}")
-        platform = _check_target(target, interpret)
+        platform = check_target(target, interpret)
         chosen: ChosenMesh | None = None
         if mesh == AUTO:
             derive_alone = partial(
-                _derive_alone,
+                derive_from_shapes,
                 forward,
                 model,
                 quantize,
@@ -289,11 +209,7 @@ class Decoder:
             )
         if placement is None and rules is not None:
             raise LlmirError("decoder: rules say where parameters live on a mesh: give mesh too, or leave them out")
-        native = platform == "cpu" and target in (None, "cpu") and placement is None
-        is_gpu = platform == "gpu" and target in (None, "gpu") and placement is None
-        gpu = kernels_for(jax.devices()[0]) if is_gpu else None
-        # on a mesh in columns: there a product is one operation, which XLA can partition
-        layout_target = "tpu" if placement is not None else _layout_target(platform, target, isinstance(gpu, Chip))
+        choice = TargetChoice.of(target, platform=platform, interpret=interpret, on_mesh=placement is not None)
         longest = min(max_seq_len or num_pages * page_size, num_pages * page_size)
         recorder = Recorder()
         texts: dict[str, str] = {}
@@ -317,8 +233,8 @@ class Decoder:
             calibration=calibration,
             trace_at=trace_at,
             encode=getattr(tokenizer, "encode", None),
-            target="cpu" if native else "reference",
-            target_kv_cache=_native_kv_cache() if native else None,
+            target="cpu" if choice.native else "reference",
+            target_kv_cache=choice.kv_cache,
         )
 
         def parameter_values() -> LazyArrays:
@@ -336,7 +252,7 @@ class Decoder:
                 recorder=recorder,
                 plan_weights=None if quantize is None else planner.plan,
                 kv_cache=kv_cache,
-                target=layout_target,
+                target=choice.layout,
                 placement=placement,
                 num_stages=num_stages,
             )
@@ -348,7 +264,7 @@ class Decoder:
         is_kept = placement is None and calibration is None and not source.activation_scales
         if cache is not None and program is not None and is_kept:
             sizes = (num_pages, page_size, max_seqs, longest, kv_cache)
-            target_key = (platform, layout_target, native)
+            target_key = (platform, choice.layout, choice.native)
             weights_key = (source.matrices, source.stored)
             stored = StoredStep.of(cache, program, flat.params, sizes, target_key, repr(quantize), *weights_key)
         record = None if stored is None else stored.record()
@@ -359,33 +275,21 @@ class Decoder:
             give_back()  # what tracing and the passes have left
         facts = record or derived
         assert facts is not None
-        notes = [*planner.notes, *([] if chosen is None else [f"mesh: auto: {chosen.why}"])]
+        notes = [*planner.notes, *([] if chosen is None else [f"mesh: auto: {chosen.why}"]), *choice.notes]
         token_buckets = _buckets(buckets, max_seqs, facts.max_seq_len * max_seqs)
-        kernels: LowerToKernelsPass | None = None
-        if placement is not None:
-            if platform in ("tpu", "gpu"):
-                notes.append("no kernels on a mesh in this version: steps are partitioned as reference decompositions")
-        elif target == "tpu" or (target is None and platform == "tpu"):
-            chip = chip_of(jax.devices()[0]).name if platform == "tpu" else LowerToTpuPass.chip
-            kernels = LowerToTpuPass(max_tokens=token_buckets[-1], interpret=interpret, chip=chip)
-        elif isinstance(gpu, Chip):
-            kernels = LowerToGpuPass(max_tokens=token_buckets[-1], chip=gpu.name)
-        elif gpu is not None:
-            notes.append(f"no kernels for the GPU: {gpu}")
+        kernels = None if choice.kernels is None else replace(choice.kernels, max_tokens=token_buckets[-1])
+        common: dict[str, Any] = {
+            "rounding": planner.rounding,
+            "max_seqs": max_seqs,
+            "buckets": token_buckets,
+            "recorder": recorder,
+            "notes": notes,
+        }
 
         def make_step(meshes: Sequence[Mesh]) -> DerivedStep:
             if len(meshes) > 1:
                 assert derived is not None
-                return PipelinedStep(
-                    derived,
-                    source,
-                    meshes=meshes,
-                    rounding=planner.rounding,
-                    max_seqs=max_seqs,
-                    buckets=token_buckets,
-                    recorder=recorder,
-                    notes=notes,
-                )
+                return PipelinedStep(derived, source, meshes=meshes, **common)
             own = derived
             if meshes and derived is not None and derived.placement is not None:
                 own = replace(derived, placement=derived.placement.on(meshes[0]))
@@ -393,16 +297,12 @@ class Decoder:
                 own,
                 source,
                 derive=derive,
-                rounding=planner.rounding,
-                max_seqs=max_seqs,
-                buckets=token_buckets,
-                recorder=recorder,
-                native=native,
-                notes=notes,
+                native=choice.native,
                 stored=stored if is_pure[0] else None,
                 record=record,
                 placement=placement,
                 kernels=kernels,
+                **common,
             )
 
         step, *others = [make_step(meshes) for meshes in copies or ((),)]
@@ -555,7 +455,7 @@ class Decoder:
         """What was matched, how each part is served, and what the self-check found."""
         record = self._step.record
         counts, plan = dict(record.operations), record.plan
-        servers = self._servers(counts)
+        servers = servers_of(self._step, counts, self._platform, self._engine.num_replicas)
         entries = tuple(AttentionEntry(served_by=servers["llm.attend_pages"], **asdict(a)) for a in record.attention)
         values: dict[str, list[str]] = {}
         for weight in self._step.weights:
@@ -592,48 +492,6 @@ class Decoder:
             f"passed{before}: {check.compared} rows of logits within {100 * check.error:.2g} % of the largest "
             f"({100 * check.tolerance:.2g} % allowed)"
         )
-
-    def _servers(self, counts: dict[str, int]) -> dict[str, str]:
-        """What computes each kind of llm operation, and of any other that splits the native code, of which there are
-        so many."""
-        in_xla = self._step.in_xla
-        server = self._server()
-        found = {name: server for name in sorted({*counts, *in_xla}) if name.startswith("llm.") or name in in_xla}
-        for name, those in in_xla.items():
-            between = f"XLA, between calls of native code ({those})"
-            found[name] = between if those.count >= counts.get(name, 0) else f"{server}; some by {between}"
-        if self._step.kernels is None:
-            return found
-        for name, kernel in self._step.kernels.titles().items():
-            if name in found:
-                reasons = self._step.unserved.get("llm.attend_pages" if name == "llm.write_pages" else name, {})
-                found[name] = _kernel_text(kernel, server, counts[name], reasons)
-        return found
-
-    def _server(self) -> str:
-        """What computes the step, and why."""
-        if self._step.is_native:
-            from llmir_jax.targets.cpu.host import this_host
-            from llmir_jax.targets.cpu.team import team
-
-            return f"native code for {this_host()}, {team().size} threads"
-        reference = f"the reference decomposition, compiled by XLA for {self._platform}"
-        if self._step.placement is not None:
-            return f"{reference}, partitioned over {self._step.placement}{self._stages()}"
-        if self._step.not_native:
-            return f"{reference} (not native code: {'; '.join(self._step.not_native)})"
-        if self._step.kernels is not None:
-            return reference
-        return f"{reference} (no kernels of its own were asked for)"
-
-    def _stages(self) -> str:
-        text = ""
-        if isinstance(self._step, PipelinedStep):
-            layers = [sum(group.num_layers for group in stage.cache_groups) for stage in self._step.stages]
-            text = f" for each of {len(layers)} stages of {', '.join(map(str, layers))} layers"
-        if self._engine.num_replicas > 1:
-            text += f", and {self._engine.num_replicas} of these for copies of the model"
-        return text
 
     def cost(self) -> StepCost:
         """Bytes that a token reads and multiply-adds that it takes, counted on the derived step."""

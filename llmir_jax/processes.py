@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -177,16 +178,16 @@ class _Peer:
         return message
 
 
-class _Watch:
+class _Watch(ABC):
     """Connections of this process, and the threads that read them."""
 
     def __init__(self) -> None:
         self.peers: list[_Peer] = []
         self._is_closing = False
 
+    @abstractmethod
     def compare(self, own: Mapping[str, str]) -> str | None:
         """None if all processes have the same versions, else what differs."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Begin to watch."""

@@ -150,10 +150,10 @@ class _HostArray:
         return _HostArray(self.array)
 
     def set_(self, *_: Any) -> None:
-        pass  # it is of the same array already
+        """Nothing: it is of the same array already."""
 
     def copy_(self, *_: Any) -> None:
-        pass  # likewise
+        """Nothing: what is copied back lies there already."""
 
     def storage_offset(self) -> int:
         return 0

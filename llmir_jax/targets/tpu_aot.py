@@ -18,7 +18,8 @@ from llmir_jax.quantization import MixedPrecision, Plan, Quantize, check_quantiz
 from llmir_jax.targets.tpu import find_attention
 from llmir_jax.trace import trace
 from llmir_jax.transforms import signature
-from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass, Unserved
+from llmir_jax.transforms.lower_to_kernels import Unserved
+from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
 from pallas_kernels.chips import chip_of
 
 

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, TensorType
@@ -29,6 +29,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.targets.paged_kernels import FusedAttention, PagedKernel, find_attention, served_pages
+from llmir_jax.targets.quantized_kernels import matmul_kernel, matmul_reason
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.lower_to_reference import Kernel, Lowering, lower_module
 from pallas_kernels.chips import Chip, UnknownChipError, chip_named
@@ -42,6 +43,10 @@ class LowerToKernelsPass(ModulePass, ABC):
     """llm ops to a target's kernels, and where there are none to their reference decompositions."""
 
     max_tokens: int = 0
+    chip: str = ""
+    """The name of what kernels are compiled for."""
+
+    target: ClassVar[str]
 
     @property
     @abstractmethod
@@ -59,16 +64,30 @@ class LowerToKernelsPass(ModulePass, ABC):
         """Whatever the choice of kernels depends on."""
 
     @abstractmethod
-    def matmul_reason(self, op: llm.QuantizedMatmulOp) -> str | None:
-        """None if `kernel` has one for the product, else why not."""
-
-    @abstractmethod
-    def kernel(self, op: Operation) -> Kernel | None:
-        """The target's kernel for an operation that is no attention; None where its decomposition serves."""
-
-    @abstractmethod
     def titles(self) -> Mapping[str, str]:
         """By the name of the operation: the kernel, in the report."""
+
+    @property
+    def interprets(self) -> bool:
+        """Whether kernels are interpreted, on any device."""
+        return False
+
+    @property
+    def known_chip(self) -> Chip:
+        """The chip of that name. Raises InvalidIRError for one that is not known, or of another target."""
+        try:
+            found = chip_named(self.chip)
+        except UnknownChipError as error:
+            raise InvalidIRError(f"{self.name}: {error}") from None
+        if found.platform != self.target:
+            raise InvalidIRError(f"{self.name}: chip must be a {self.target.upper()}, got {self.chip!r}")
+        return found
+
+    def kernel(self, op: Operation) -> Kernel | None:
+        """The target's kernel for an operation that is no attention; None where its decomposition serves."""
+        if not isinstance(op, llm.QuantizedMatmulOp) or matmul_reason(op, self.known_chip) is not None:
+            return None
+        return Kernel(matmul_kernel(op, self.known_chip, self.interprets), self.platform)
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         main = main_function(op)
@@ -86,7 +105,9 @@ class LowerToKernelsPass(ModulePass, ABC):
         ops = list(main_function(module).body.block.ops)
         kernel = self.paged_kernel
         reasons = [("llm.attend_pages", fused.reason(kernel, self.max_tokens)) for fused in find_attention(ops)]
-        reasons += [(op.name, self.matmul_reason(op)) for op in ops if isinstance(op, llm.QuantizedMatmulOp)]
+        reasons += [
+            (op.name, matmul_reason(op, self.known_chip)) for op in ops if isinstance(op, llm.QuantizedMatmulOp)
+        ]
         for name, reason in reasons:
             if reason is not None:
                 found.setdefault(name, Counter())[reason] += 1
@@ -128,15 +149,4 @@ def _fuse(lowering: Lowering, fused: FusedAttention, kernel: PagedKernel, platfo
     Rewriter.erase_op(write)
 
 
-def chip_of_target(pass_name: str, name: str, platform: str) -> Chip:
-    """The chip that a pass is given by name. Raises InvalidIRError for one that is not known, or of another target."""
-    try:
-        found = chip_named(name)
-    except UnknownChipError as error:
-        raise InvalidIRError(f"{pass_name}: {error}") from None
-    if found.platform != platform:
-        raise InvalidIRError(f"{pass_name}: chip must be a {platform.upper()}, got {name!r}")
-    return found
-
-
-__all__ = ["LowerToKernelsPass", "Unserved", "chip_of_target"]
+__all__ = ["LowerToKernelsPass", "Unserved"]

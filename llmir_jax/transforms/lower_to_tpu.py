@@ -6,17 +6,11 @@ A kernel is a `stablehlo.custom_call @tpu_custom_call`, or with `interpret` what
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from xdsl.ir import Operation
-
-from llmir_jax.dialects import llm
 from llmir_jax.targets.paged_kernels import PagedKernel
-from llmir_jax.targets.quantized_kernels import matmul_kernel, matmul_reason
 from llmir_jax.targets.tpu import paged_kernel
-from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass, Unserved, chip_of_target
-from llmir_jax.transforms.lower_to_reference import Kernel
-from pallas_kernels.chips import Chip
+from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 
 
 @dataclass(frozen=True)
@@ -25,8 +19,10 @@ class LowerToTpuPass(LowerToKernelsPass):
 
     name = "lower-to-tpu"
 
-    interpret: bool = False
     chip: str = "v5e"
+    interpret: bool = False
+
+    target: ClassVar[str] = "tpu"
 
     @property
     def paged_kernel(self) -> PagedKernel:
@@ -37,16 +33,12 @@ class LowerToTpuPass(LowerToKernelsPass):
         return None if self.interpret else "tpu"
 
     @property
+    def interprets(self) -> bool:
+        return self.interpret
+
+    @property
     def key(self) -> tuple[Any, ...]:
         return self.name, self.max_tokens, self.interpret, self.chip
-
-    def matmul_reason(self, op: llm.QuantizedMatmulOp) -> str | None:
-        return matmul_reason(op, self._chip)
-
-    def kernel(self, op: Operation) -> Kernel | None:
-        if not isinstance(op, llm.QuantizedMatmulOp) or self.matmul_reason(op) is not None:
-            return None
-        return Kernel(matmul_kernel(op, self._chip, self.interpret), self.platform)
 
     def titles(self) -> Mapping[str, str]:
         how = "interpreted" if self.interpret else f"compiled for {self.chip}"
@@ -54,9 +46,5 @@ class LowerToTpuPass(LowerToKernelsPass):
         matmul = f"the Pallas kernel of quantized matmul, {how}"
         return {"llm.attend_pages": attention, "llm.write_pages": attention, "llm.quantized_matmul": matmul}
 
-    @property
-    def _chip(self) -> Chip:
-        return chip_of_target(self.name, self.chip, "tpu")
 
-
-__all__ = ["LowerToTpuPass", "Unserved"]
+__all__ = ["LowerToTpuPass"]

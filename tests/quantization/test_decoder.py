@@ -1,5 +1,6 @@
 """Decoders with quantized weights, activations and caches: what they compute, what they keep, what they refuse."""
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from llmir_jax.decoder import Decoder
 from llmir_jax.errors import LlmirError
 from llmir_jax.quantization import QuantizedArray, parse_scheme, quantize
 from llmir_jax.runtime.sampling import SamplingParams
+from llmir_jax.target_choice import TargetChoice
 
 LONGEST = 40  # tokens
 
@@ -161,7 +163,8 @@ def test_layout_for_the_target(scheme: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Weights laid out for a TPU, run here: the same logits, of the same integers."""
     params, sequence = make_params(), np.random.default_rng(8).integers(0, VOCAB, 21)
     in_rows = build(params, scheme, verify=False)
-    monkeypatch.setattr("llmir_jax.decoder._layout_target", lambda *_: "tpu")
+    chosen = TargetChoice.of("reference", platform="cpu", interpret=False, on_mesh=False)
+    monkeypatch.setattr(TargetChoice, "of", lambda *_, **__: dataclasses.replace(chosen, layout="tpu"))
     in_columns = build(params, scheme)  # checks itself: parameters are found again in what was merged
     (expected,), (logits,) = in_rows.logits([sequence]), in_columns.logits([sequence])
     error = np.abs(logits - expected).max() / np.abs(expected).max()
