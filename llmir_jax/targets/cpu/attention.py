@@ -16,23 +16,19 @@ the scores of a block are one vector a head.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xdsl.dialects.builtin import TensorType
-from xdsl.ir import Attribute, SSAValue
+from xdsl.ir import SSAValue
 
-from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
 from llmir_jax.targets.cpu import elementary
-from llmir_jax.targets.cpu.elementwise import FLOATS
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
 from llmir_jax.targets.cpu.halves import half_to_float
-from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.layout import round_up
 from llmir_jax.targets.cpu.llvm import Module, Number, Value, constant, constants, vector
-from llmir_jax.targets.cpu.page_rows import page_row, row_values
+from llmir_jax.targets.cpu.page_rows import element_bits, page_row, page_shape, row_values, width_for
 
 ROW_BYTES = 1024
 """Bytes of a page's row, at least, that are read together, if it has as many."""
@@ -58,7 +54,7 @@ class AttentionShape:
     def of(op: llm.AttendPagesOp, num_threads: int) -> "AttentionShape":
         """Of an op."""
         num_rows, num_heads, head_dim = shape_of(op.q)
-        pages, values = (_page_shape(pages.type) for pages in (op.k_pages, op.v_pages))
+        pages, values = (page_shape(pages.type) for pages in (op.k_pages, op.v_pages))
         return AttentionShape(
             num_rows=num_rows,
             num_heads=num_heads,
@@ -102,57 +98,44 @@ class AttentionShape:
         return 4 * self.num_rows * self.num_segments
 
 
-def _page_shape(kind: Attribute) -> tuple[int, ...]:
-    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
-    return tuple(kind.get_shape())
+@dataclass(frozen=True, kw_only=True)
+class AttentionBuffers:
+    """What the kernels of an attention read, write, and use meanwhile."""
 
-
-def element_bits(kind: Attribute) -> int:
-    """Of an element in pages of a type."""
-    if isinstance(kind, llm.QuantizedTensorType):
-        return int(kind.integer_type.width.data)
-    assert isinstance(kind, TensorType)
-    return 8 * int(element_dtype(kind.element_type).itemsize)
-
-
-def width_for(size: int, lanes: int) -> int:
-    """The widest vector that divides a size."""
-    while size % lanes:
-        lanes //= 2
-    return lanes
+    q: Buffer
+    k_pages: Buffer
+    v_pages: Buffer
+    output: Buffer
+    partials: Buffer
+    """`AttentionShape.scratch_bytes`."""
+    counters: Buffer
+    """`AttentionShape.counter_bytes`."""
+    tile_scratch: Buffer
+    """Of a thread; `TileShape.scratch_bytes`."""
+    runs: Buffer | None
+    """See `attention_tiles.runs_kernel`; None where every token is taken by itself."""
 
 
 class _Attention:
     """Emits the kernel of one op."""
 
     def __init__(
-        self,
-        module: Module,
-        stored: Stored,
-        op: llm.AttendPagesOp,
-        q: Buffer,
-        k_pages: Buffer,
-        v_pages: Buffer,
-        output: Buffer,
-        scratch: Buffer,
-        counters: Buffer,
-        num_threads: int,
-        runs: Buffer | None,
+        self, module: Module, stored: Stored, op: llm.AttendPagesOp, buffers: AttentionBuffers, num_threads: int
     ):
         self.op, self.stored = op, stored
         self.shape = AttentionShape.of(op, num_threads)
         self.kernel = Kernel(module, ("id", "n"))
         self.f = self.kernel.f
         self.id, self.n = (self.kernel.number(name) for name in ("id", "n"))
-        self.q, self.output = self.kernel.pointer(q), self.kernel.pointer(output)
+        self.q, self.output = self.kernel.pointer(buffers.q), self.kernel.pointer(buffers.output)
+        self.k_pages, self.v_pages = buffers.k_pages, buffers.v_pages
         self.k_scales, self.v_scales = (
             None if pages.scales is None or pages.minima is not None else self.kernel.pointer(pages.scales)
-            for pages in (k_pages, v_pages)
+            for pages in (self.k_pages, self.v_pages)
         )
-        self.k_pages, self.v_pages = k_pages, v_pages
-        self.scratch, self.counters = self.kernel.pointer(scratch), self.kernel.pointer(counters)
-        self.runs = None if runs is None else self.kernel.pointer(runs)
-        self.page_size = k_pages.shape[1]
+        self.scratch, self.counters = self.kernel.pointer(buffers.partials), self.kernel.pointer(buffers.counters)
+        self.runs = None if buffers.runs is None else self.kernel.pointer(buffers.runs)
+        self.page_size = self.k_pages.shape[1]
         self.lanes = module.host.lanes
         self.block = self.lanes  # keys of a block: their scores are one vector
         self.k_width = width_for(self.shape.head_dim, self.lanes)
@@ -572,44 +555,13 @@ class _Attention:
 
 
 def attention_kernel(
-    module: Module,
-    stored: Stored,
-    op: llm.AttendPagesOp,
-    *,
-    q: Buffer,
-    k_pages: Buffer,
-    v_pages: Buffer,
-    output: Buffer,
-    scratch: Buffer,
-    counters: Buffer,
-    num_threads: int,
-    runs: Buffer | None,
+    module: Module, stored: Stored, op: llm.AttendPagesOp, buffers: AttentionBuffers, num_threads: int
 ) -> tuple[str, list[Buffer]]:
     """A function (id, n, buffers…) that does a thread's share of an attention: its name and its buffers.
 
-    Of `runs` (see `attention_tiles`), where given, it takes the tokens by themselves.
+    Where there are runs it takes the tokens by themselves.
     """
-    attention = _Attention(module, stored, op, q, k_pages, v_pages, output, scratch, counters, num_threads, runs)
-    return attention.emit()
+    return _Attention(module, stored, op, buffers, num_threads).emit()
 
 
-def pages_reason(kind: Attribute, host: Host) -> str | None:
-    """Why pages of a type are not read and written natively."""
-    if not isinstance(kind, llm.QuantizedTensorType):
-        if dtype_name(kind) == "float16" and not host.has_half:
-            return "of a float16 cache on a machine without float16 instructions"
-        return None if dtype_name(kind) in FLOATS else f"of a cache of {dtype_name(kind)}"
-    bits = kind.integer_type.width.data
-    is_known = kind.is_symmetric if bits == 8 else bits == 4 and str(kind.min_type) == "f16"
-    if not is_known or str(kind.scale_type) != "f16":
-        return f"of a cache of {kind}"
-    return None if host.has_half else "of a quantized cache on a machine without float16 instructions"
-
-
-def dtype_name(kind: Attribute) -> str:
-    """Of a tensor type's elements."""
-    assert isinstance(kind, TensorType)
-    return str(element_dtype(kind.element_type))
-
-
-__all__ = ["AttentionShape", "attention_kernel", "pages_reason", "width_for"]
+__all__ = ["AttentionBuffers", "AttentionShape", "attention_kernel"]

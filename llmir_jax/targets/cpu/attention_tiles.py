@@ -22,7 +22,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
 from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
 from llmir_jax.targets.cpu import elementary
-from llmir_jax.targets.cpu.attention import AttentionShape, width_for
+from llmir_jax.targets.cpu.attention import AttentionBuffers, AttentionShape
 from llmir_jax.targets.cpu.expressions import Buffer, Evaluator, Stored
 from llmir_jax.targets.cpu.halves import half_to_float
 from llmir_jax.targets.cpu.host import Host
@@ -30,7 +30,7 @@ from llmir_jax.targets.cpu.index import Index, Var, dynamic, variable
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.layout import round_up
 from llmir_jax.targets.cpu.llvm import Function, Module, Number, Value, constant, constants, vector
-from llmir_jax.targets.cpu.page_rows import page_row, row_values
+from llmir_jax.targets.cpu.page_rows import page_row, row_values, width_for
 
 KEYS = 16
 """Keys of a block."""
@@ -173,18 +173,9 @@ class _Tiles:
     """Emits the kernel of one op."""
 
     def __init__(
-        self,
-        module: Module,
-        stored: Stored,
-        op: llm.AttendPagesOp,
-        q: Buffer,
-        k_pages: Buffer,
-        v_pages: Buffer,
-        output: Buffer,
-        scratch: Buffer,
-        runs: Buffer,
-        num_threads: int,
+        self, module: Module, stored: Stored, op: llm.AttendPagesOp, buffers: AttentionBuffers, num_threads: int
     ):
+        assert buffers.runs is not None, "tiles are runs"
         self.op, self.stored = op, stored
         self.shape = AttentionShape.of(op, num_threads)
         self.tile = TileShape.of(self.shape, module.host)
@@ -192,10 +183,10 @@ class _Tiles:
         self.f: Function = self.kernel.f
         self.lanes = module.host.lanes
         self.id, self.n = (self.kernel.number(name) for name in ("id", "n"))
-        self.q, self.output, self.runs = (self.kernel.pointer(buffer) for buffer in (q, output, runs))
-        self.pages = [k_pages, v_pages]
-        self.page_size = k_pages.shape[1]
-        base = self.kernel.pointer(scratch)
+        self.q, self.output, self.runs = map(self.kernel.pointer, (buffers.q, buffers.output, buffers.runs))
+        self.pages = [buffers.k_pages, buffers.v_pages]
+        self.page_size = buffers.k_pages.shape[1]
+        base = self.kernel.pointer(buffers.tile_scratch)
         self.q_at, self.keys_at, self.values_at, self.weights_at, self.sums_at = (
             self.f.at(base, place) for place in self.tile.places
         )
@@ -534,20 +525,10 @@ class _Tiles:
 
 
 def tiles_kernel(
-    module: Module,
-    stored: Stored,
-    op: llm.AttendPagesOp,
-    *,
-    q: Buffer,
-    k_pages: Buffer,
-    v_pages: Buffer,
-    output: Buffer,
-    scratch: Buffer,
-    runs: Buffer,
-    num_threads: int,
+    module: Module, stored: Stored, op: llm.AttendPagesOp, buffers: AttentionBuffers, num_threads: int
 ) -> tuple[str, list[Buffer]]:
     """A function (id, n, buffers…) that does a thread's share of the tiles: its name and its buffers."""
-    return _Tiles(module, stored, op, q, k_pages, v_pages, output, scratch, runs, num_threads).emit()
+    return _Tiles(module, stored, op, buffers, num_threads).emit()
 
 
 __all__ = ["TileShape", "least_run", "runs_kernel", "tiles_kernel"]

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 
-from xdsl.ir import SSAValue
+from xdsl.dialects.builtin import TensorType
+from xdsl.ir import Attribute, SSAValue
 
+from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import shape_of
+from llmir_jax.targets.cpu.elementwise import FLOATS
 from llmir_jax.targets.cpu.expressions import Buffer
 from llmir_jax.targets.cpu.halves import half_to_float, widen
+from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index, Var, dynamic
 from llmir_jax.targets.cpu.kernel import Kernel
 from llmir_jax.targets.cpu.llvm import Function, Number, Value, constant, vector
@@ -66,4 +70,44 @@ def _nibbles(f: Function, base: Value, at: int, width: int) -> Value:
     return f.cast("sitofp", f.cast("zext", both, "i32"), "float")
 
 
-__all__ = ["page_row", "row_values"]
+def page_shape(kind: Attribute) -> tuple[int, ...]:
+    """Of pages of a type: [num_pages, page_size, num_kv_heads, head_dim]."""
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+    return tuple(kind.get_shape())
+
+
+def element_bits(kind: Attribute) -> int:
+    """Of an element in pages of a type."""
+    if isinstance(kind, llm.QuantizedTensorType):
+        return int(kind.integer_type.width.data)
+    assert isinstance(kind, TensorType)
+    return 8 * int(element_dtype(kind.element_type).itemsize)
+
+
+def width_for(size: int, lanes: int) -> int:
+    """The widest vector that divides a size."""
+    while size % lanes:
+        lanes //= 2
+    return lanes
+
+
+def pages_reason(kind: Attribute, host: Host) -> str | None:
+    """Why pages of a type are not read and written natively."""
+    if not isinstance(kind, llm.QuantizedTensorType):
+        if _dtype_name(kind) == "float16" and not host.has_half:
+            return "of a float16 cache on a machine without float16 instructions"
+        return None if _dtype_name(kind) in FLOATS else f"of a cache of {_dtype_name(kind)}"
+    bits = kind.integer_type.width.data
+    is_known = kind.is_symmetric if bits == 8 else bits == 4 and str(kind.min_type) == "f16"
+    if not is_known or str(kind.scale_type) != "f16":
+        return f"of a cache of {kind}"
+    return None if host.has_half else "of a quantized cache on a machine without float16 instructions"
+
+
+def _dtype_name(kind: Attribute) -> str:
+    """Of a tensor type's elements."""
+    assert isinstance(kind, TensorType)
+    return str(element_dtype(kind.element_type))
+
+
+__all__ = ["element_bits", "page_row", "page_shape", "pages_reason", "row_values", "width_for"]

@@ -29,8 +29,7 @@ from llmir_jax.dialects.build import dtype_of, shape_of
 from llmir_jax.dialects.stablehlo_ext import TopKOp
 from llmir_jax.targets.cpu.activations import prepare
 from llmir_jax.targets.cpu.attached import Attached, ProductRows, Root, attach, covers
-from llmir_jax.targets.cpu.attention import AttentionShape, attention_kernel
-from llmir_jax.targets.cpu.attention_tiles import TileShape, least_run, runs_kernel, tiles_kernel
+from llmir_jax.targets.cpu.attentions import Attentions
 from llmir_jax.targets.cpu.expressions import Buffer, Stored, is_cheap, memory_element, scratch_element
 from llmir_jax.targets.cpu.host import Host
 from llmir_jax.targets.cpu.index import Index
@@ -43,7 +42,7 @@ from llmir_jax.targets.cpu.pages import writing_pages, writing_quantized_pages
 from llmir_jax.targets.cpu.repeated import Repeated, Structure
 from llmir_jax.targets.cpu.roots import Matmul, Norm, follows_product, is_root_op, known_scales, weight_of
 from llmir_jax.targets.cpu.rows import Domain
-from llmir_jax.targets.cpu.schedule import Item, Plan, assemble, zeroing
+from llmir_jax.targets.cpu.schedule import Item, Plan, assemble
 from llmir_jax.targets.cpu.selection import top_k
 from llmir_jax.targets.cpu.tokens import TokenRows
 from llmir_jax.targets.cpu.weights import Arrangement
@@ -188,17 +187,13 @@ class Planner:
         self._add_arguments()
         self._find_consumers()
         self._results()
-        counters = Buffer.of((64,), "i32")
-        partials = Buffer.of((16,), "float")
-        self.counters, self.partials = counters, partials
-        self.tile_scratch = Buffer.of((16,), "float", place="private")
-        self.runs: dict[tuple[SSAValue | int, ...], Buffer] = {}
+        self.attentions = Attentions(self.module, self.stored, self.repeated, self.num_threads)
         matmuls: list[tuple[Matmul, Buffer]] = []
         for op in self.ops:
             if isinstance(op, Matmul):
                 matmuls.append((op, self._product_buffer(op)))
             elif isinstance(op, llm.AttendPagesOp):
-                self._reserve(op)
+                self.attentions.reserve(op)
             elif isinstance(op, stablehlo.ReduceOp | stablehlo.ConcatenateOp | stablehlo.DotGeneralOp | TopKOp):
                 for result in op.results:
                     self.stored.buffers[result] = Buffer.of(shape_of(result), scratch_element(dtype_of(result)))
@@ -238,22 +233,15 @@ class Planner:
         for root in self.roots:
             self._loop_item(root)
         self._other_items()
-        kept = {self.counters, self.partials}
         return assemble(
             self.module,
             self.items,
-            kept,
+            self.attentions.kept,
             num_operands=self.num_operands,
             num_results=self.num_results,
             num_threads=self.num_threads,
             tokens=None if self.tokens is None else (self.stored.buffers[self.tokens.count], self.tokens.num_rows),
         )
-
-    def _reserve(self, op: llm.AttendPagesOp) -> None:
-        shape = AttentionShape.of(op, self.num_threads)
-        self.stored.buffers[op.output] = Buffer.of(shape_of(op.output), "float")
-        self.counters.nbytes = max(self.counters.nbytes, shape.counter_bytes)
-        self.partials.nbytes = max(self.partials.nbytes, shape.scratch_bytes)
 
     def _results(self) -> None:
         """Page arrays are their arguments; every other result is stored where XLA wants it."""
@@ -530,22 +518,9 @@ class Planner:
         self._add_item(root.order, name, buffers, {root.target}, ("rows", domain.rows, domain.columns))
 
     def _other_items(self) -> None:
-        counters = self.counters
-        if any(isinstance(op, llm.AttendPagesOp) for op in self.ops):
-            name = zeroing(self.module, counters)
-            self.items.append(
-                Item(
-                    order=-1,
-                    name=name,
-                    buffers=[counters],
-                    reads=set(),
-                    writes={counters},
-                    split=("threads", 0, 0),
-                )
-            )
         for op, i in self.index.items():
             if isinstance(op, llm.AttendPagesOp):
-                self._attend_item(op, i)
+                self.items += self.attentions.items(op, i)
             elif isinstance(op, Norm):
                 target = self.stored.statistics[op]
                 name, buffers = self._statistics(op, target)
@@ -598,81 +573,6 @@ class Planner:
                     split=("rows", domain.rows, domain.columns),
                 )
             )
-
-    def _runs(self, op: llm.AttendPagesOp) -> Buffer | None:
-        """The batch cut into tiles, once for all attentions that cut it so; None where no tile fits."""
-        shape = AttentionShape.of(op, self.num_threads)
-        if shape.num_rows < least_run(self.host):
-            return None
-        tile = TileShape.of(shape, self.host)
-        self.tile_scratch.nbytes = max(self.tile_scratch.nbytes, tile.scratch_bytes)
-        key = (op.seq_ids, op.positions, op.num_tokens, tile.tokens)
-        if key not in self.runs:
-            runs = Buffer.of((shape.num_rows,), "i32", place="private")
-            self.runs[key] = runs
-            name, buffers = runs_kernel(self.module, self.stored, op, tile.tokens, runs)
-            self.items.append(
-                Item(
-                    order=self.index[op] - 0.125,
-                    name=name,
-                    buffers=buffers,
-                    reads=set(buffers) - {runs},
-                    writes={runs},
-                    split=("each", shape.num_rows, 1),
-                )
-            )
-        return self.runs[key]
-
-    def _attend_item(self, op: llm.AttendPagesOp, i: int) -> None:
-        output = self.stored.buffers[op.output]
-        runs = self._runs(op)
-        own = [self.partials, self.counters, *([] if runs is None else [self.tile_scratch])]
-        structure = self.repeated.structure([output, *own, *([] if runs is None else [runs])], op.operands)
-        name, buffers = self.repeated.kernel(structure.operation(op), structure, lambda: self._attend(op, runs))
-        self.items.append(
-            Item(
-                order=i,
-                name=name,
-                buffers=buffers,
-                reads=set(buffers) - {output},
-                writes={output, *own},
-                split=("threads", 0, 0),
-            )
-        )
-
-    def _attend(self, op: llm.AttendPagesOp, runs: Buffer | None) -> tuple[str, list[Buffer]]:
-        """One function, since both kernels write rows of the output that are not each other's."""
-        places = {
-            "q": self.stored.buffers[op.q],
-            "k_pages": self.stored.buffers[op.k_pages],
-            "v_pages": self.stored.buffers[op.v_pages],
-            "output": self.stored.buffers[op.output],
-        }
-        by_token = attention_kernel(
-            self.module,
-            self.stored,
-            op,
-            **places,
-            scratch=self.partials,
-            counters=self.counters,
-            num_threads=self.num_threads,
-            runs=runs,
-        )
-        if runs is None:
-            return by_token
-        by_tile = tiles_kernel(
-            self.module,
-            self.stored,
-            op,
-            **places,
-            scratch=self.tile_scratch,
-            runs=runs,
-            num_threads=self.num_threads,
-        )
-        kernel = Kernel(self.module, ("id", "n"))
-        for name, buffers in (by_token, by_tile):
-            kernel.f.call(name, [kernel.number("id"), kernel.number("n"), *map(kernel.pointer, buffers)])
-        return kernel.f.finish("attend_phase"), kernel.buffers
 
 
 __all__ = ["Planner"]

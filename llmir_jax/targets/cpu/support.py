@@ -12,10 +12,10 @@ from llmir_jax.dialects.llm.common import bool_of
 from llmir_jax.dialects.stablehlo_ext import TopKOp
 from llmir_jax.interop import op_name
 from llmir_jax.targets.cpu import expressions
-from llmir_jax.targets.cpu.attention import pages_reason
 from llmir_jax.targets.cpu.elementwise import ELEMENTS, FLOATS, is_float
 from llmir_jax.targets.cpu.host import Host, this_host
 from llmir_jax.targets.cpu.loops import reduce_reason
+from llmir_jax.targets.cpu.page_rows import pages_reason
 from llmir_jax.targets.cpu.selection import top_k_reason
 
 
