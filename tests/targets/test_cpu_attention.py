@@ -79,6 +79,21 @@ CASES = [
 ]
 
 
+def rounding_one_way(rng: np.random.Generator, shape: tuple[int, ...], bits: int) -> np.ndarray:
+    """Rows whose scales (and minima) float16 holds, of numbers that are nearer to one integer than to any other.
+
+    XLA may divide by 15 as it pleases: a scale in the middle between two of float16 would be either.
+    """
+    low, high = (0, 15) if bits == 4 else (-127, 127)
+    integers = rng.integers(low + 1, high, shape) + rng.uniform(-0.4, 0.4, shape)
+    integers[..., 0] = high
+    if bits == 4:
+        integers[..., 1] = low
+    steps = 256 if bits == 4 else 2048  # so that numbers are of about 1
+    scale, least = rng.integers(1, 64, (*shape[:-1], 1)) / steps, rng.integers(-64, 64, (*shape[:-1], 1)) / 64
+    return rng.permuted(integers, axis=-1) * scale + (least if bits == 4 else 0)
+
+
 def build(case: Case, seed: int):
     rng = np.random.default_rng(seed)
     num_seqs = len(case.tokens)
@@ -103,6 +118,8 @@ def build(case: Case, seed: int):
         "num_tokens": np.array(sum(case.tokens)),
         "slopes": rng.random(size=case.heads),
     }
+    if case.bits is not None:
+        arrays |= {name: rounding_one_way(rng, arrays[name].shape, case.bits) for name in ("k", "v")}
     kinds, values = {}, []
     for name, array in arrays.items():
         is_int = name in ("block_tables", "seq_lens", "seq_ids", "positions", "num_tokens")
