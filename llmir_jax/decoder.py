@@ -42,6 +42,7 @@ from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
 from llmir_jax.target_choice import TargetChoice, check_target
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
+from llmir_jax.transforms.memory_planning import MemoryPlanningPass
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, most_rows, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 from sharding.mesh import DATA, PIPELINE, sub_meshes
@@ -254,8 +255,10 @@ class Decoder:
                 kv_cache=kv_cache,
                 target=choice.layout,
                 placement=placement,
-                num_stages=num_stages,
             )
+            if derived.placement is not None and num_stages == 1:  # else each stage has its own
+                own = derived.placement
+                recorder.run(derived.module, MemoryPlanningPass(mesh=own.text, device_bytes=own.device_bytes))
             texts["llm"] = derived.text
             return derived
 
