@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from xdsl.dialects.builtin import StringAttr
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dense import element_dtype
@@ -96,13 +95,12 @@ def _arguments(main: Any, placement: Placement, inputs: Any) -> tuple[list[jax.S
     donated: list[int] = []
     for arg, attributes in zip(main.body.block.args, signature.argument_attributes(main), strict=True):
         spec = of_argument(attributes)
-        role = attributes.get(signature.ROLE)
         if spec is None:  # a step input: whole everywhere; of the lowered step's size
             given = inputs[len(shapes)]
             shapes.append(jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=placement.sharding()))
             continue
         for part, own in parts_of(arg.type, spec):
-            if isinstance(role, StringAttr) and role.data in ("k_pages", "v_pages"):
+            if signature.role_of(attributes) in ("k_pages", "v_pages"):
                 donated.append(len(shapes))
             shapes.append(_abstract(part.get_shape(), element_dtype(part.element_type), placement, own))
     return shapes, tuple(donated)

@@ -1,6 +1,5 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -325,7 +324,7 @@ class Decoder:
             "prefill_chunk": prefill_chunk,
             # processes that time their steps themselves would choose differently; stages are no one program
             "burst": burst if num_stages == 1 and (placement is None or num_processes() == 1) else 0.0,
-            "draw_seed": shared_seeds() if placement is not None else lambda: secrets.randbits(32),
+            "draw_seed": shared_seeds(),
         }
         if others:
             every = (step, *others)
