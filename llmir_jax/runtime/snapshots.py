@@ -2,7 +2,7 @@
 
 A snapshot has each request's tokens so far and its seed, no pages: they are computed again from the tokens, as after a
 preemption, and the tokens that follow are the ones that would have followed. They are kept by orbax, which writes whole
-ones only, in several processes too.
+ones only, in several processes too; that they are gone on from is tested in one process.
 """
 
 import logging
