@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from xdsl.dialects.builtin import StringAttr
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dense import element_dtype
 from llmir_jax.derive import Derived
 from llmir_jax.errors import LlmirError
 from llmir_jax.interop import call_executable, executable
-from llmir_jax.pipeline import Recorder, specialize_step
+from llmir_jax.pipeline import Recorder, for_attention, specialize_step
 from llmir_jax.placement import Placement
 from llmir_jax.planning import NUM_DERIVED, ModelPlan
 from llmir_jax.transforms import signature
@@ -42,16 +41,15 @@ def unavailable_reason(topology: Topology, layout: Layout) -> str | None:
 
 def compile_layers(model: ModelPlan, topology: Topology, layout: Layout) -> CompiledProgram:
     """The model's decoding step, from that of two layers and that of three. Raises LlmirError, see `compile_step`."""
-    mesh, config = mesh_for(topology, layout), model.config
-    num_kv_heads = getattr(config, "num_kv_heads", config.num_heads)
+    mesh, num_all = mesh_for(topology, layout), model.config.num_layers
 
     def compiled(num_layers: int) -> CompiledProgram:
         derived = model.derive(num_layers, model.context)
-        return compile_step(derived, mesh, num_heads=config.num_heads, num_kv_heads=num_kv_heads, tokens=model.batch)
+        return compile_step(derived, mesh, tokens=model.batch)
 
-    if not model.is_uniform or config.num_layers <= NUM_DERIVED:
-        return compiled(config.num_layers)
-    return compiled(NUM_DERIVED).with_layers(config.num_layers, of=NUM_DERIVED, next_layer=compiled(NUM_DERIVED + 1))
+    if not model.is_uniform or num_all <= NUM_DERIVED:
+        return compiled(num_all)
+    return compiled(NUM_DERIVED).with_layers(num_all, of=NUM_DERIVED, next_layer=compiled(NUM_DERIVED + 1))
 
 
 def mesh_for(topology: Topology, layout: Layout) -> Mesh:
@@ -65,12 +63,12 @@ def mesh_for(topology: Topology, layout: Layout) -> Mesh:
     return make_mesh(layout.axes, devices=found.devices)
 
 
-def compile_step(derived: Derived, mesh: Mesh, *, num_heads: int, num_kv_heads: int, tokens: int) -> CompiledProgram:
+def compile_step(derived: Derived, mesh: Mesh, *, tokens: int) -> CompiledProgram:
     """The step for so many rows of tokens, on a mesh. `derived` is on one device, and is left as it is.
 
     Raises LlmirError for a mesh that the step cannot be on.
     """
-    placement = Placement.of(mesh).for_heads(num_heads, num_kv_heads)
+    placement = for_attention(derived.module, Placement.of(mesh))
     recorder = Recorder()
     module = recorder.run(
         derived.module.clone(),
@@ -97,13 +95,12 @@ def _arguments(main: Any, placement: Placement, inputs: Any) -> tuple[list[jax.S
     donated: list[int] = []
     for arg, attributes in zip(main.body.block.args, signature.argument_attributes(main), strict=True):
         spec = of_argument(attributes)
-        role = attributes.get(signature.ROLE)
         if spec is None:  # a step input: whole everywhere; of the lowered step's size
             given = inputs[len(shapes)]
             shapes.append(jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=placement.sharding()))
             continue
         for part, own in parts_of(arg.type, spec):
-            if isinstance(role, StringAttr) and role.data in ("k_pages", "v_pages"):
+            if signature.role_of(attributes) in ("k_pages", "v_pages"):
                 donated.append(len(shapes))
             shapes.append(_abstract(part.get_shape(), element_dtype(part.element_type), placement, own))
     return shapes, tuple(donated)

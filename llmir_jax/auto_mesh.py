@@ -22,7 +22,7 @@ from llmir_jax.pipeline import Recorder, derive_step
 from llmir_jax.placement import Placement
 from llmir_jax.quantization import MixedPrecision, Quantize
 from llmir_jax.step import cache_groups_of
-from llmir_jax.trace import Traced, flatten_forward, flatten_params, trace
+from llmir_jax.trace import Traced, flatten_model, trace
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.memory_planning import stored_bytes
 from llmir_jax.weights import ModelWeights
@@ -91,10 +91,17 @@ def derive_from_shapes(
     num_pages: int,
     kv_cache: str | None,
 ) -> Derived:
-    """The step on one device, from shapes alone, for its cost."""
+    """The step on one device, whether it fits there or not, from shapes alone, for its cost.
+
+    Raises LlmirError for mixed precision, and for weights that cannot be quantized as asked.
+    """
     if isinstance(quantize, MixedPrecision):
-        raise LlmirError("mesh='auto' takes quantize as a scheme or rules, not mixed precision: give the axes")
-    shapes = ModelWeights([p.path for p in flatten_forward(forward, model).params], flatten_params(model))
+        raise LlmirError(
+            "quantize: mixed precision depends on the weights, which are not read for a step's cost: give a scheme or "
+            "rules, or in place of mesh='auto' its axes"
+        )
+    arrays, tree = flatten_model(model)
+    shapes = ModelWeights(tree.paths, arrays)  # no value is asked for
 
     def trace_at(length: int) -> Traced:
         return trace(forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
@@ -128,4 +135,4 @@ def one_device() -> Placement:
     return Placement.of(mesh)
 
 
-__all__ = ["AUTO", "ChosenMesh", "choose_mesh", "cost_of", "one_device"]
+__all__ = ["AUTO", "ChosenMesh", "choose_mesh", "cost_of", "derive_from_shapes", "one_device"]

@@ -1,6 +1,5 @@
 """The decoder that is derived from a forward: generate, stream, look at its IR and its report."""
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -42,6 +41,7 @@ from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
 from llmir_jax.target_choice import TargetChoice, check_target
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
+from llmir_jax.transforms.memory_planning import MemoryPlanningPass
 from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, most_rows, self_check
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 from sharding.mesh import DATA, PIPELINE, sub_meshes
@@ -254,8 +254,10 @@ class Decoder:
                 kv_cache=kv_cache,
                 target=choice.layout,
                 placement=placement,
-                num_stages=num_stages,
             )
+            if derived.placement is not None and num_stages == 1:  # else each stage has its own
+                own = derived.placement
+                recorder.run(derived.module, MemoryPlanningPass(mesh=own.text, device_bytes=own.device_bytes))
             texts["llm"] = derived.text
             return derived
 
@@ -322,7 +324,7 @@ class Decoder:
             "prefill_chunk": prefill_chunk,
             # processes that time their steps themselves would choose differently; stages are no one program
             "burst": burst if num_stages == 1 and (placement is None or num_processes() == 1) else 0.0,
-            "draw_seed": shared_seeds() if placement is not None else lambda: secrets.randbits(32),
+            "draw_seed": shared_seeds(),
         }
         if others:
             every = (step, *others)

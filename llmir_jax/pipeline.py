@@ -38,7 +38,6 @@ from llmir_jax.transforms.kv_cache_pruning import KVCachePruningPass
 from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
 from llmir_jax.transforms.kv_cache_sharding import KVCacheShardingPass
 from llmir_jax.transforms.lower_to_reference import LowerToReferencePass
-from llmir_jax.transforms.memory_planning import MemoryPlanningPass
 from llmir_jax.transforms.model_partitioning import ModelPartitioningPass
 from llmir_jax.transforms.paged_attention_rewrite import PagedAttentionRewritePass
 from llmir_jax.transforms.quantized_operation_fusion import QuantizedOperationFusionPass
@@ -107,13 +106,13 @@ def derive_step(
     kv_cache: str | None = None,
     target: str = "reference",
     placement: Placement | None = None,
-    num_stages: int = 1,
 ) -> Derived:
     """The step of a plain forward, over pages, at the length it was derived at.
 
     `kv_cache` is what keys and values are kept as, of `KV_CACHES`; None leaves that to the plan of the weights, or else
     to what the model computes. `target`, one of `LAYOUTS`, says how quantized weights are laid out. With a `placement`
-    it is partitioned over its mesh, on which `derived.placement` then is; `num_stages` are to be cut of it.
+    it is partitioned over its mesh, on which `derived.placement` then is. Whether it fits there is for
+    `MemoryPlanningPass`, or for those of its stages.
     """
     start = time.perf_counter()
     derived = derive(
@@ -162,20 +161,18 @@ def derive_step(
     recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     if placement is not None:
-        placement = _for_attention(module, placement)
+        placement = for_attention(module, placement)
         recorder.run(
             module,
             ModelPartitioningPass(mesh=placement.text, rules=placement.rules),
             KVCacheShardingPass(mesh=placement.text),
         )
-        if num_stages == 1:  # else each stage has its own
-            recorder.run(module, MemoryPlanningPass(mesh=placement.text, device_bytes=placement.device_bytes))
         derived.placement = placement
     return derived
 
 
-def _for_attention(module: ModuleOp, placement: Placement) -> Placement:
-    """The placement that suits the heads of the step's attention."""
+def for_attention(module: ModuleOp, placement: Placement) -> Placement:
+    """The placement that suits the heads of the step's attention. Raises LlmirError if none does."""
     forms = {
         (shape_of(op.q)[1], pages_shape(op.k_pages)[2]) for op in module.walk() if isinstance(op, llm.AttendPagesOp)
     }
@@ -232,4 +229,4 @@ def compile_forward(module: ModuleOp) -> ModuleOp:
     return module
 
 
-__all__ = ["Recorder", "compile_forward", "derive_step", "specialize_step", "text_of"]
+__all__ = ["Recorder", "compile_forward", "derive_step", "for_attention", "specialize_step", "text_of"]

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from llmir_jax.auto_mesh import cost_of, one_device
-from llmir_jax.calibrate import Planner
+from llmir_jax.auto_mesh import cost_of, derive_from_shapes, one_device
 from llmir_jax.checkpoint.assemble import ModelConfig, abstract_model
 from llmir_jax.checkpoint.hf_config import read_hf_config
 from llmir_jax.checkpoint.safetensors import read_json
 from llmir_jax.derive import Derived
 from llmir_jax.models.llama import LlamaConfig
-from llmir_jax.pipeline import Recorder, derive_step
 from llmir_jax.quantization import Quantize
-from llmir_jax.trace import Traced, flatten_model, trace
-from llmir_jax.weights import ModelWeights
 from sharding.step_cost import StepCost
 
 NUM_DERIVED = 2
@@ -86,25 +81,16 @@ class ModelPlan:
         else:
             config = replace(config, num_layers=num_layers)
         model = abstract_model(config, dtype=self.dtype, param_dtype=self.dtype)
-        arrays, tree = flatten_model(model)
-        source = ModelWeights(tree.paths, arrays)  # shapes: no value is asked for
-
-        def trace_at(length: int) -> Traced:
-            return trace(_forward, model, jax.ShapeDtypeStruct((1, length), jnp.int32), fold=False)
-
-        planner = Planner(self.quantize, source, trace_at=trace_at, target="reference")
-        return derive_step(
-            trace_at,
-            None,
+        return derive_from_shapes(
+            _forward,
+            model,
+            self.quantize,
+            context,
+            one_device(),
             max_seqs=self.batch,
-            max_seq_len=context,
             page_size=self.page_size,
             num_pages=self.batch * -(-context // self.page_size),
-            recorder=Recorder(),
-            plan_weights=None if self.quantize is None else planner.plan,
             kv_cache=self.kv_cache,
-            target="tpu",
-            placement=one_device(),
         )
 
 

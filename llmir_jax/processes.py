@@ -35,6 +35,7 @@ SILENCE = 30.0
 """Seconds without one after which a process counts as dead."""
 START_TIMEOUT = 300
 """Seconds that processes wait for each other at the start."""
+_AGAIN = "; start all processes again"
 
 
 def num_processes() -> int:
@@ -65,7 +66,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         LlmirError: no cluster tells, others do not come, or they have other versions.
     """
     if jax.distributed.is_initialized():
-        watch()
+        watch(coordinator)
         return
     # A CPU has no other way to other processes.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -81,21 +82,27 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     except (ValueError, RuntimeError) as error:
         where = "the cluster" if coordinator is None else coordinator
         raise LlmirError(f"processes cannot join through {where}: {str(error).splitlines()[0]}") from None
-    watch()
+    watch(coordinator)
 
 
 _watched: list["_Watch"] = []
 
 
-def watch() -> None:
+def watch(coordinator: str | None = None) -> None:
     """Check that all processes have the same versions, and end this one with a line if another ends before it.
 
-    `join` does so, and so do decoders on a mesh where a program has called `jax.distributed.initialize` itself. Raises
-    LlmirError for other versions, and for a process that ends meanwhile.
+    `join` does so, and so do decoders on a mesh where a program has called `jax.distributed.initialize` itself. A
+    program that is watched ends with `leave`: without it the others take a process that ends for one that has died.
+
+    Args:
+        coordinator: "host:port" of process 0, as `join` takes it. None where others find it by its own name.
+
+    Raises:
+        LlmirError: other versions, or a process that ends meanwhile.
     """
     if jax.process_count() == 1 or _watched:
         return
-    found = _Hub(jax.process_count()) if is_first() else None
+    found = _Hub(jax.process_count(), coordinator) if is_first() else None
     address = broadcast_text(found.address if found is not None else "")
     watched: _Watch = found if found is not None else _Spoke(address)
     _watched.append(watched)
@@ -219,9 +226,10 @@ class _Watch(ABC):
             except OSError:
                 if peer.has_left or self._is_closing:
                     return
-                self._end(f"process {peer.number} of {jax.process_count()} has died: its connection closed")
+                self._end(f"process {peer.number} of {jax.process_count()} has died: its connection closed{_AGAIN}")
             if message is None and time.monotonic() - peer.seen > SILENCE:
-                self._end(f"process {peer.number} of {jax.process_count()} has not answered for {SILENCE:.0f} s")
+                silent = f"has not answered for {SILENCE:.0f} s"
+                self._end(f"process {peer.number} of {jax.process_count()} {silent}{_AGAIN}")
             if message is not None and "left" in message:
                 peer.has_left = True
                 if message["left"] is not None:
@@ -234,8 +242,7 @@ class _Watch(ABC):
         self._is_closing = True
         for peer in self.peers:
             peer.send({"end": what})
-        remedy = "" if "failed" in what else "; start all processes again"
-        sys.stderr.write(f"llmir: error: {what}{remedy}\n")
+        sys.stderr.write(f"llmir: error: {what}\n")
         sys.stderr.flush()
         os._exit(1)
 
@@ -243,28 +250,33 @@ class _Watch(ABC):
 class _Hub(_Watch):
     """Process 0's end: a connection from each of the others."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, coordinator: str | None) -> None:
         super().__init__()
         self._count = count
         self._server = socket.create_server(("", 0))
-        self._server.settimeout(START_TIMEOUT)
         host = socket.gethostbyname(socket.gethostname())
+        if host.startswith("127.") and coordinator is not None:
+            host = coordinator.rpartition(":")[0]  # its own name may be of loopback, which others cannot reach
         self.address = f"{host}:{self._server.getsockname()[1]}"
 
     def compare(self, own: Mapping[str, str]) -> str | None:
         found: dict[int, dict[str, str]] = {}
+        last = time.monotonic() + START_TIMEOUT
         while len(found) < self._count - 1:
             try:
+                self._server.settimeout(max(last - time.monotonic(), 0.01))
                 connection, _ = self._server.accept()
-                peer = _Peer(number=-1, connection=connection)
-                hello = peer.read(START_TIMEOUT)
             except OSError:
-                hello = None
-            if hello is None:
                 missing = sorted(set(range(1, self._count)) - set(found))
                 return f"process {missing[0]} of {self._count} has not come within {START_TIMEOUT} s"
-            peer.number = hello["process"]
-            found[peer.number] = hello["versions"]
+            peer = _Peer(number=-1, connection=connection)
+            try:
+                hello = peer.read(max(last - time.monotonic(), 0.01)) or {}
+                number, theirs = hello["process"], hello["versions"]
+            except (OSError, ValueError, KeyError, TypeError):
+                connection.close()  # of no process of this program, or of one that has ended
+                continue
+            peer.number, found[number] = number, theirs
             self.peers.append(peer)
         differing = next((_difference(0, own, n, theirs) for n, theirs in sorted(found.items()) if theirs != own), None)
         for peer in self.peers:

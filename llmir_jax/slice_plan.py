@@ -1,6 +1,6 @@
 """A model on a slice: the layout that suits it best, what it needs and how fast it can be, as data and as text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,17 @@ class SlicePlan:
         own = self.decode.memory.activations
         return own if self.compiled is None else max(own, self.compiled.temporary_bytes + self.compiled.output_bytes)
 
+    @property
+    def total_bytes(self) -> int:
+        """That each device holds."""
+        memory = self.decode.memory
+        return memory.parameters + memory.cache + self.activation_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has as many: as compiled it may need more than the estimate that layouts are chosen by."""
+        return self.total_bytes <= self.decode.memory.capacity
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds and counts."""
         decode, memory = self.decode, self.decode.memory
@@ -65,8 +76,9 @@ class SlicePlan:
                 "parameters": memory.parameters,
                 "kv_cache": memory.cache,
                 "activations": self.activation_bytes,
-                "total": memory.parameters + memory.cache + self.activation_bytes,
+                "total": self.total_bytes,
                 "capacity": memory.capacity,
+                "fits": self.fits,
             },
             "largest_batch": self.largest_batch,
             "decode": _estimate(decode),
@@ -88,7 +100,7 @@ class SlicePlan:
             f"{self.name}",
             f"  {_model(self.model)}",
             f"{self.topology}, each device with {chip.memory_bytes / GIB:.0f} GiB at "
-            f"{chip.memory_bandwidth / 1e9:,.0f} GB/s and {_peak(self.topology) / 1e12:,.0f} TFLOP/s",
+            f"{chip.memory_bandwidth / 1e9:,.0f} GB/s and {self.topology.peak_flops / 1e12:,.0f} TFLOP/s",
             f"layout: {decode.layout}   (--mesh {decode.layout.text})",
         ]
         if self.choice is not None:
@@ -97,18 +109,24 @@ class SlicePlan:
 
     def _memory(self) -> list[str]:
         memory, workload = self.decode.memory, self.decode.workload
-        total = memory.parameters + memory.cache + self.activation_bytes
         seqs = f"{workload.batch} sequence{'s' if workload.batch > 1 else ''} of {workload.context:,} tokens"
         compiled = self.compiled
         how = "estimated" if compiled is None else f"XLA: {_gib(compiled.temporary_bytes)} for decoding"
-        return [
+        lines = [
             "memory of a device, GiB",
             f"  weights              {_gib(memory.parameters):>8}",
             f"  KV cache             {_gib(memory.cache):>8}   {seqs}",
             f"  activations          {_gib(self.activation_bytes):>8}   {how}",
-            f"  in all               {_gib(total):>8}   of {_gib(memory.capacity)}; at most {self.largest_batch:,} "
-            f"sequences of {workload.context:,} tokens fit",
+            f"  in all               {_gib(self.total_bytes):>8}   of {_gib(memory.capacity)}; at most "
+            f"{self.largest_batch:,} sequences of {workload.context:,} tokens fit",
         ]
+        if not self.fits:
+            more = _gib(self.total_bytes - memory.capacity)
+            lines.append(
+                f"  as compiled it does not fit: {_gib(self.total_bytes)} GiB are {more} more than a device has: "
+                "lower --batch or --context, quantize, or take more devices"
+            )
+        return lines
 
     def _steps(self) -> list[str]:
         decode, prefill = self.decode, self.prefill
@@ -213,11 +231,6 @@ def _model(model: ModelPlan) -> str:
     )
 
 
-def _peak(topology: Topology) -> float:
-    peaks = topology.device.peak_flops
-    return max(peaks[dtype] for dtype in ("bfloat16", "float16") if dtype in peaks)
-
-
 def _parts(estimate: Estimate) -> list[str]:
     lines = []
     for name, part in estimate.parts.items():
@@ -239,17 +252,11 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
         "seconds": estimate.seconds,
         "tokens_per_second": estimate.tokens_per_second,
         "parts": parts,
-        "collectives": _collectives(
-            [(each.kind, each.axis, each.what, each.nbytes, each.count) for each in estimate.collectives]
-        ),
+        "collectives": [
+            {"kind": each.kind, "axis": each.axis, "what": each.what, "bytes": each.nbytes, "count": each.count}
+            for each in estimate.collectives
+        ],
     }
-
-
-def _collectives(found: Sequence[tuple[str, str, str, int, int]]) -> list[dict[str, Any]]:
-    return [
-        {"kind": kind, "axis": axis, "what": what, "bytes": size, "count": count}
-        for kind, axis, what, size, count in found
-    ]
 
 
 def _program(program: CompiledProgram) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, TensorType
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import Attribute, BlockArgument
 
@@ -186,7 +186,7 @@ class DerivedStep:
         if placement is None:
             weights = fill(record.main, record.plan, self._source, self._rounding)
         else:
-            read = partial(self._read_parts, self._source, placement)
+            read = partial(self._read_parts, placement)
             weights = self._placed(fill(record.main, record.plan, self._source, self._rounding, read), placement)
         if self._arrangement is not None:
             return self._pack(self._arrangement, weights)
@@ -214,20 +214,14 @@ class DerivedStep:
         derived = self._derive()
         return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
 
-    def _read_parts(
-        self, source: WeightSource, placement: Placement, arg: BlockArgument, path: str
-    ) -> jax.Array | None:
+    def _read_parts(self, placement: Placement, arg: BlockArgument, path: str) -> jax.Array | None:
         """A parameter of a checkpoint where it lives, of which this process reads what its devices have."""
-        reader = source.part_reader(path) if isinstance(source, ParameterSource) else None
+        reader = self._source.part_reader(path) if isinstance(self._source, ParameterSource) else None
         spec, kind = of_argument(self._attributes[arg.index]), arg.type
         if reader is None or spec is None or not isinstance(kind, TensorType) or not kind.get_shape():
             return None
-        shape: tuple[int, ...] = kind.get_shape()
-
-        def read(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
-            return reader((slice(None),) * len(shape) if index is None else index)
-
-        return jax.make_array_from_callback(shape, placement.sharding(spec), read)
+        read: Callable[[Any], np.ndarray[Any, Any]] = reader  # JAX's type allows None, which it gives for no array
+        return jax.make_array_from_callback(kind.get_shape(), placement.sharding(spec), read)
 
     def _placed(self, weights: Iterator[Weight], placement: Placement) -> Iterator[Weight]:
         """The weights, each where it lives, one at a time."""
@@ -303,8 +297,7 @@ class DerivedStep:
         return kind.get_shape()[2] if isinstance(kind, TensorType) and index in self._kernel_pages else None
 
     def _role(self, index: int) -> str | None:
-        role = self._attributes[index].get(signature.ROLE)
-        return role.data if isinstance(role, StringAttr) else None
+        return signature.role_of(self._attributes[index])
 
     def init_cache(self) -> Cache:
         """Zeroed pages."""

@@ -46,7 +46,7 @@ class TargetChoice:
         """Of a target that `check_target` allows, on its platform."""
         if on_mesh:
             why = "no kernels on a mesh in this version: steps are partitioned as reference decompositions"
-            notes = (why,) if platform in ("tpu", "gpu") else ()
+            notes = (why,) if interpret or platform in ("tpu", "gpu") else ()
             # in columns a product is one operation, which XLA can partition
             return TargetChoice(platform=platform, native=False, layout="tpu", kernels=None, notes=notes)
         if target == "tpu" or (target is None and platform == "tpu"):

@@ -1,4 +1,4 @@
-"""Meshes and partition rules, usable without ``llmir_jax``."""
+"""Meshes, partition rules, slices and their cost, usable without ``llmir_jax``."""
 
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, make_mesh, parse_axes

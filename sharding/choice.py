@@ -6,7 +6,7 @@ Ranked are those that fit in memory, by the time of a step; layouts that need fe
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sharding.cost import LAYOUT_AXES, PARTS, CostModel, Estimate, Layout, Workload
+from sharding.cost import LAYOUT_AXES, PARTS, CostModel, Estimate, Workload
 from sharding.errors import ShardingError
 
 GIB = 1 << 30
@@ -94,6 +94,3 @@ def _difference(best: Estimate, other: Estimate) -> str:
     saved = f", and saves {milliseconds(-more[less])} on {less}" if more[less] < 0 else ""
     spent = f"it spends {milliseconds(more[name])} more on {name}"
     return f"{other.layout} takes {milliseconds(other.seconds)}: {spent}{saved}"
-
-
-__all__ = ["Choice", "Layout", "choose", "does_not_fit", "milliseconds"]

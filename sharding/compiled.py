@@ -64,11 +64,6 @@ class CompiledProgram:
             collectives=total,
         )
 
-    @property
-    def collective_bytes(self) -> int:
-        """Of all results."""
-        return sum(size * count for (_, size), count in self.collectives.items())
-
 
 def collectives_in(text: str) -> Iterator[tuple[str, int]]:
     """(kind, bytes of the result on a device) of every collective in an optimised program's text."""

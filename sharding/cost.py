@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from jax.sharding import AbstractMesh, AxisType
 
 from sharding.errors import ShardingError
-from sharding.mesh import AXES, DATA, PIPELINE, SEQUENCE, TENSOR, TENSOR_COPIES, check_heads
-from sharding.rules import DEFAULT_RULES, Rule, partition_spec
+from sharding.mesh import DATA, PIPELINE, SEQUENCE, TENSOR, TENSOR_COPIES, check_heads
+from sharding.rules import DEFAULT_RULES, Rule, names_of, partition_spec
 from sharding.step_cost import ParameterCost, StepCost
 from sharding.topologies import Links, Topology, links
 
@@ -184,7 +184,7 @@ class CostModel:
         split = _Split.of(self, layout)
         collectives = tuple(split.collectives(tokens, seqs))
         device, by_axis = self.topology.device, self._links(layout)
-        peak = max(device.peak_flops[dtype] for dtype in ("bfloat16", "float16") if dtype in device.peak_flops)
+        peak = self.topology.peak_flops
 
         def part(nbytes: float, multiply_adds: float) -> Part:
             reading = nbytes / device.memory_bandwidth
@@ -285,8 +285,7 @@ class _Split:
             key = parameter.path, parameter.shape
             if key not in known:
                 spec = partition_spec(*key, mesh, model.rules)
-                names = [() if axis is None else (axis,) if isinstance(axis, str) else axis for axis in spec]
-                split = [math.prod(sizes[name] for name in each) for each in names]
+                split = [math.prod(sizes[name] for name in names_of(axis)) for axis in spec]
                 known[key] = (*split, *[1] * (len(parameter.shape) - len(split)))
             parts.append((parameter, known[key]))
         num_layers = model.num_layers
@@ -430,6 +429,3 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
         if number % first == 0:
             for rest in _factors(number // first, count - 1):
                 yield first, *rest
-
-
-assert set(LAYOUT_AXES) <= set(AXES)

@@ -44,9 +44,7 @@ def check_axes(sizes: Mapping[str, int]) -> None:
             raise ShardingError(f"mesh: axis {name!r} must have a size of at least 1, got {size!r}")
 
 
-def make_mesh(
-    axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None, axis_type: AxisType = AxisType.Auto
-) -> Mesh:
+def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of these axes over all devices, those of other processes too, or over `devices`.
 
     The axes are laid out in the order of `AXES`, whatever theirs is.
@@ -54,7 +52,6 @@ def make_mesh(
     Args:
         axes: size by name; the product is the number of devices. Axes that are left out are not in the mesh.
         devices: as many as the axes' sizes make; None for all that JAX has.
-        axis_type: of every axis.
 
     Raises:
         ShardingError: an axis that does not exist, or sizes whose product is not the number of devices.
@@ -68,7 +65,7 @@ def make_mesh(
         where = f"JAX has {len(found)} ({found[0].platform})" if devices is None else f"{len(found)} were given"
         raise ShardingError(f"mesh: {product} needs {_count(wanted)}, but {where}; change the sizes or the devices")
     names, shape = tuple(sizes), tuple(sizes.values())
-    types = (axis_type,) * len(names)
+    types = (AxisType.Auto,) * len(names)
     if devices is None and found[0].platform != "cpu":
         return jax.make_mesh(shape, names, axis_types=types)  # follows the links of the topology
     return Mesh(np.array(found).reshape(shape), names, axis_types=types)

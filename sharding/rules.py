@@ -93,7 +93,7 @@ def parse_rules(rules: Mapping[str, Spec] | None) -> tuple[Rule, ...]:
             )
         axes = tuple(tuple(axis) if isinstance(axis, list) else axis for axis in spec)
         known = (*AXES, KV_HEADS)
-        for name in (name for axis in axes for name in _names(axis)):
+        for name in (name for axis in axes for name in names_of(axis)):
             if name not in known:
                 raise ShardingError(f"rules: {pattern!r} names the axis {name!r}; the axes are {', '.join(AXES)}")
         made.append(Rule(pattern=pattern, spec=axes))
@@ -123,7 +123,7 @@ def _divides(rule: Rule, shape: Sequence[int], mesh: AnyMesh) -> bool:
         return False
     sizes = dict(mesh.shape)
     for size, axis in zip(shape[len(shape) - len(rule.spec) :], rule.spec, strict=True):
-        if size % prod(sizes.get(name, 1) for each in _names(axis) for name in _on(mesh, each)):
+        if size % prod(sizes.get(name, 1) for each in names_of(axis) for name in _on(mesh, each)):
             return False
     return True
 
@@ -141,7 +141,7 @@ def spec_of(rule: Rule, path: str, shape: Sequence[int], mesh: AnyMesh) -> Parti
     sizes = dict(mesh.shape)
     out: list[Axis] = []
     for size, axis in zip(shape, (*padding, *rule.spec), strict=True):
-        names = [name for each in _names(axis) for name in _on(mesh, each)]
+        names = [name for each in names_of(axis) for name in _on(mesh, each)]
         if rule.is_default:
             names = [name for name in names if name in sizes]
         elif missing := [name for name in names if name not in sizes]:
@@ -181,7 +181,8 @@ def check_used(rules: Sequence[Rule], paths: Mapping[str, object] | Sequence[str
             raise ShardingError(f"rules: {rule.pattern!r} matches no parameter; the {len(paths)} are such as {some}")
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The axes of a mesh that split a dimension."""
     return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 

@@ -107,6 +107,12 @@ class Topology:
         """The share of a chip that one device is."""
         return self.chip.per_device
 
+    @property
+    def peak_flops(self) -> float:
+        """Of a device, in the 16-bit floats that it has: additions and multiplications a second."""
+        peaks = self.device.peak_flops
+        return next(peaks[dtype] for dtype in ("bfloat16", "float16") if dtype in peaks)
+
     def wraps(self, dim: int) -> bool:
         """Whether the chips along a dimension are a ring: 16 of them in 2D, whole cubes of 4 × 4 × 4 in 3D."""
         if self.interconnect.num_dims == 2:

@@ -8,6 +8,7 @@ from flax import nnx
 
 import llmir_jax as llmir
 from llmir_jax.models.llama import Llama, LlamaConfig
+from llmir_jax.target_choice import TargetChoice
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -78,3 +79,9 @@ def test_quantized_products_have_a_kernel(scheme: str) -> None:
 def test_products_that_the_kernel_does_not_take() -> None:
     served = decoder(quantize={".*up.*": "int8-g16", ".*": "int8"}, verify=False).report().served_by
     assert "groups of multiples of 32, got 16" in served["llm.quantized_matmul"]
+
+
+def test_on_a_mesh_the_report_says_why_kernels_are_not_interpreted() -> None:
+    notes = TargetChoice.of("tpu", platform="cpu", interpret=True, on_mesh=True).notes
+    assert len(notes) == 1 and notes[0].startswith("no kernels on a mesh")
+    assert not TargetChoice.of(None, platform="cpu", interpret=False, on_mesh=True).notes

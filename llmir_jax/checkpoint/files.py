@@ -22,8 +22,7 @@ class StableFile:
     def read(self, offset: int, num_bytes: int) -> np.ndarray:
         """uint8[num_bytes] from byte `offset` on."""
         try:
-            if _state(self.path) != self._state:
-                raise CheckpointError(f"{self.path}: changed since it was opened; load the model again")
+            self._check_unchanged()
             data: np.ndarray = np.fromfile(self.path, np.uint8, num_bytes, offset=offset)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read any more: {error}") from None
@@ -36,8 +35,7 @@ class StableFile:
         if num_bytes == stride:
             return self.read(offset, num_rows * stride).reshape(num_rows, stride)
         try:
-            if _state(self.path) != self._state:
-                raise CheckpointError(f"{self.path}: changed since it was opened; load the model again")
+            self._check_unchanged()
             with self.path.open("rb", buffering=0) as file:
                 rows = [os.pread(file.fileno(), num_bytes, offset + row * stride) for row in range(num_rows)]
         except OSError as error:
@@ -45,6 +43,10 @@ class StableFile:
         if any(len(row) != num_bytes for row in rows):
             raise CheckpointError(f"{self.path}: truncated; fetch it again")
         return np.frombuffer(b"".join(rows), np.uint8).reshape(num_rows, num_bytes)
+
+    def _check_unchanged(self) -> None:
+        if _state(self.path) != self._state:
+            raise CheckpointError(f"{self.path}: changed since it was opened; load the model again")
 
 
 def _state(path: Path) -> tuple[int, int]:

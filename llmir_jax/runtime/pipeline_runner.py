@@ -79,10 +79,13 @@ class PipelineRunner(Runner):
         return run
 
     def _make_copy(self) -> Callable[..., Any]:
-        copies = [jax.jit(self._trace_copy_of_stage, donate_argnames="cache") for _ in self._stages]
+        copies = [jax.jit(self._trace_copy_pages, donate_argnames="cache") for _ in self._stages]
 
         def run(cache: Any, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> Any:
-            return tuple(copy(own, sources, targets) for copy, own in zip(copies, cache, strict=True))
+            # a stage may have no layer of the last groups
+            return tuple(
+                copy(own, sources[: len(own)], targets[: len(own)]) for copy, own in zip(copies, cache, strict=True)
+            )
 
         return run
 
@@ -123,10 +126,3 @@ class PipelineRunner(Runner):
         for number, part in enumerate(logits[1:], 1):
             chosen = jnp.where(own[:, None] == number, part, chosen)
         return chosen, self._whole(sampler.greedy(chosen))
-
-    def _trace_copy_of_stage(self, cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
-        self._num_traces += 1
-        return tuple(
-            jax.tree.map(lambda pages, s=source, t=target: pages.at[t].set(pages[s], mode="drop"), layers)
-            for layers, source, target in zip(cache, sources, targets, strict=False)
-        )

@@ -2,7 +2,7 @@
 
 A snapshot has each request's tokens so far and its seed, no pages: they are computed again from the tokens, as after a
 preemption, and the tokens that follow are the ones that would have followed. They are kept by orbax, which writes whole
-ones only, in several processes too.
+ones only, in several processes too; that they are gone on from is tested in one process.
 """
 
 import logging
@@ -46,14 +46,14 @@ class Snapshots:
         self._num_calls = 0
         self._step: int = self._manager.latest_step() or 0
 
-    def restore(self, requests: Sequence[Request]) -> int:
-        """Bring new requests to where the last snapshot has them; how many tokens they have had then.
+    def restore(self, requests: Sequence[Request]) -> None:
+        """Bring new requests to where the last snapshot has them, if there is one.
 
         Raises CheckpointError for a snapshot of other requests.
         """
         latest = self._manager.latest_step()
         if latest is None:
-            return 0
+            return
         content: dict[str, Any] = self._manager.restore(latest, args=self._args.JsonRestore())
         found = content["requests"]
         if [entry["asked"] for entry in found] != [_asked(request) for request in requests]:
@@ -66,7 +66,6 @@ class Snapshots:
             every = entry["logprobs"] or [None] * len(entry["tokens"])
             for token, logprobs in zip(entry["tokens"], every, strict=True):
                 request.append(token, None if logprobs is None else _logprobs(logprobs))
-        return sum(request.num_generated for request in requests)
 
     def take(self, requests: Sequence[Request]) -> None:
         """To be called after each call of the device: takes a snapshot every so many."""

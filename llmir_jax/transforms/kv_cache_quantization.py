@@ -13,21 +13,16 @@ from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import IntegerType, ModuleOp, TensorType, f16
-from xdsl.dialects.func import ReturnOp
-from xdsl.ir import SSAValue
 from xdsl.passes import ModulePass
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
 from llmir_jax.errors import InvalidIRError, LlmirError
-from llmir_jax.interop import op_name
-from llmir_jax.transforms import signature
+from llmir_jax.transforms.page_types import retype_pages
 
 
-def _quantize(pages: SSAValue, bits: int) -> None:
-    """Change the type of page arrays, and of the arrays that follow from them by writing."""
-    kind = pages.type
-    assert isinstance(kind, TensorType)
+def _quantized(kind: TensorType, bits: int) -> llm.QuantizedTensorType:
+    """The type of pages of integers. Raises LlmirError for heads that do not fill whole bytes."""
     head_dim = kind.get_shape()[-1]
     if head_dim * bits % 8:
         raise LlmirError(
@@ -36,13 +31,7 @@ def _quantize(pages: SSAValue, bits: int) -> None:
         )
     # With few levels none may be wasted: keys of a head are far from symmetric.
     minimum = f16 if bits == 4 else None
-    signature.retype(pages, llm.QuantizedTensorType(kind.get_shape(), IntegerType(bits), f16, min_type=minimum))
-    for use in pages.uses:
-        op = use.operation
-        if isinstance(op, llm.WritePagesOp):
-            _quantize(op.results[use.index], bits)
-        elif not isinstance(op, llm.AttendPagesOp | ReturnOp):
-            raise InvalidIRError(f"kv-cache-quantization: {op_name(op)} reads pages; only llm ops read quantized ones")
+    return llm.QuantizedTensorType(kind.get_shape(), IntegerType(bits), f16, min_type=minimum)
 
 
 @dataclass(frozen=True)
@@ -56,12 +45,7 @@ class KVCacheQuantizationPass(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         if self.bits not in (4, 8):
             raise InvalidIRError(f"kv-cache-quantization: bits must be 4 or 8, got {self.bits}")
-        main = main_function(op)
-        for role in ("k_pages", "v_pages"):
-            for pages in signature.arguments(main, role):
-                if isinstance(pages.type, TensorType):
-                    _quantize(pages, self.bits)
-        signature.sync(main)
+        retype_pages(main_function(op), lambda kind: _quantized(kind, self.bits), by=self.name)
 
 
 __all__ = ["KVCacheQuantizationPass"]

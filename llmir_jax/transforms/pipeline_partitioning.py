@@ -63,8 +63,7 @@ def _free_values(main: FuncOp, ops: Sequence[Operation]) -> set[SSAValue]:
     attributes = signature.argument_attributes(main)
     free: set[SSAValue] = set()
     for arg in main.body.block.args:
-        role = attributes[arg.index].get(signature.ROLE)
-        if isinstance(role, StringAttr) and role.data not in _STATE:
+        if signature.role_of(attributes[arg.index]) not in (None, *_STATE):
             free.add(arg)
     for op in ops:
         if not op.regions and all(x in free for x in op.operands):
@@ -76,9 +75,8 @@ def _live(main: FuncOp, ops: Sequence[Operation], at: int, free: set[SSAValue]) 
     """Values made before a place that are read from it on, but for arguments, what is free, and new pages."""
     before = [x for op in ops[:at] for x in op.results if x not in free]
     later = {id(x) for op in ops[at:] for inner in op.walk() for x in inner.operands}
-    pages = {id(x) for x in signature.results(main)[1:]}
-    logits = id(signature.results(main)[0])
-    return [x for x in before if id(x) in later or (id(x) == logits and id(x) not in pages)]
+    logits = signature.results(main)[0]
+    return [x for x in before if id(x) in later or x is logits]
 
 
 def _cheapest_cut(main: FuncOp, ops: Sequence[Operation], places: range, free: set[SSAValue]) -> int:
@@ -102,7 +100,7 @@ def _stage(
     args = [
         arg
         for arg in main.body.block.args
-        if arg in used or (is_last and _role(attributes[arg.index]) == "logits_rows")
+        if arg in used or (is_last and signature.role_of(attributes[arg.index]) == "logits_rows")
     ]
     block = Block(arg_types=[*(x.type for x in arrives), *(arg.type for arg in args)])
     mapping: dict[SSAValue, SSAValue] = dict(zip((*arrives, *args), block.args, strict=True))
@@ -150,8 +148,3 @@ def _again(own: Sequence[Operation], leaves: Sequence[SSAValue], free: set[SSAVa
             found.add(op)
             pending += op.operands
     return found
-
-
-def _role(entry: dict[str, Attribute]) -> str | None:
-    role = entry.get(signature.ROLE)
-    return role.data if isinstance(role, StringAttr) else None

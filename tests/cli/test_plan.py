@@ -1,15 +1,22 @@
 """``llmir plan``: published models from their config.json alone."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Run, assert_one_line_error
+
+from llmir_jax.planning import ModelPlan, read_config
+from llmir_jax.slice_plan import plan_slice
+from sharding.compiled import CompiledProgram
+from sharding.topologies import topology
 
 GIB = 1 << 30
 
@@ -71,6 +78,22 @@ def test_llama_31_405b_in_int4_on_v5p(run: Run, configs: Path) -> None:
     copies = devices // 8
     stored = (405.9e9 + (copies - 1) * keys_and_values) * 5 / 8 / devices
     assert found["memory"]["parameters"] == pytest.approx(stored, rel=0.01)
+
+
+def test_what_xla_needs_may_be_more_than_a_device_has(configs: Path) -> None:
+    model = ModelPlan(config=read_config(str(configs / "llama-3-70b.json")), batch=16, context=512, quantize="int8")
+    plan = plan_slice(model, topology("v5e:4x4"), name="llama", compile_it=False)
+    assert plan.fits and "does not fit" not in str(plan)
+    program = CompiledProgram(
+        argument_bytes=GIB, temporary_bytes=15 * GIB, output_bytes=GIB, operations=0.0, collectives=Counter()
+    )
+    compiled = dataclasses.replace(plan, compiled=program)
+    memory = compiled.decode.memory
+    needed = memory.parameters + memory.cache + 16 * GIB
+    assert compiled.as_dict()["memory"]["total"] == needed and not compiled.as_dict()["memory"]["fits"]
+    said = f"it does not fit: {needed / GIB:.2f} GiB are {(needed - 16 * GIB) / GIB:.2f} more than a device has: lower"
+    assert said in str(compiled)
+    assert max(map(len, str(compiled).splitlines())) <= 140
 
 
 def test_text_is_for_people(run: Run, configs: Path) -> None:

@@ -43,13 +43,7 @@ def case(axes: str, options: dict[str, Any]) -> dict[str, Any]:
     plan = ModelPlan(config=CONFIG, batch=BATCH, context=CONTEXT, dtype="float32", **options)
     layout = Layout.of(parse_axes(axes))
     mesh = make_mesh(layout.axes, devices=jax.devices()[: layout.num_devices])
-    program = compile_step(
-        plan.derive(CONFIG.num_layers, CONTEXT),
-        mesh,
-        num_heads=CONFIG.num_heads,
-        num_kv_heads=CONFIG.num_kv_heads,
-        tokens=BATCH,
-    )
+    program = compile_step(plan.derive(CONFIG.num_layers, CONTEXT), mesh, tokens=BATCH)
     costs = CostModel(plan.cost, topology(SLICES[layout.num_devices]))
     estimate = costs.estimate(layout, Workload(batch=BATCH, context=CONTEXT))
     return {

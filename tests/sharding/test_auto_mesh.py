@@ -6,10 +6,14 @@ from typing import Any
 
 import jax
 import pytest
+from flax import nnx
+from tiny_llama import forward, make_model
 
 import llmir_jax as llmir
-from llmir_jax.auto_mesh import choose_mesh
+from llmir_jax.auto_mesh import choose_mesh, cost_of, derive_from_shapes, one_device
+from llmir_jax.errors import LlmirError
 from llmir_jax.models.llama import LlamaConfig
+from llmir_jax.placement import Placement
 from llmir_jax.planning import ModelPlan
 from sharding.errors import ShardingError
 from sharding.topologies import topology, topology_of
@@ -61,6 +65,16 @@ def test_devices_by_what_they_say() -> None:
     assert (topology_of(gpus).name, topology_of(gpus).num_hosts) == ("h100:2x8", 2)
     with pytest.raises(ShardingError, match=r"no figures are known for it.*give the mesh's axes and sizes"):
         topology_of(devices(2, "cpu", platform="cpu"))
+
+
+def test_a_model_may_be_larger_than_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Placement, "device_bytes", 1)
+    sizes: dict[str, Any] = {"num_pages": 32, "page_size": 8, "max_seqs": 4}
+    shapes = nnx.eval_shape(make_model)
+    derived = derive_from_shapes(forward, shapes, None, 64, one_device(), kv_cache=None, **sizes)
+    assert cost_of(derived, 4).weight_bytes > 1
+    with pytest.raises(LlmirError, match=r"needs .* on each device, .* but a device has 0\.00 GiB: use more devices"):
+        llmir.jit(forward).decoder(make_model(), mesh=one_device().mesh, max_seq_len=64, verify=False, **sizes)
 
 
 @pytest.mark.skipif(len(jax.devices()) > 1, reason="has several devices")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from llmir_jax import processes
 from llmir_jax.cli.main import llmir as llmir_command
 
 SCRIPT = Path(__file__).parent / "one_of_many.py"
@@ -115,6 +116,41 @@ def test_the_command_line_in_two_processes(data_path: Path):
     assert [process.returncode for process in running] == [0, 0], [err[-2000:] for _, err in ends]
     alone = subprocess.run([*llmir, *command], capture_output=True, text=True, timeout=120, check=True)
     assert [out for out, _ in ends] == [alone.stdout, ""], "process 0 talks to the user"
+
+
+def test_process_0_is_reached_by_the_coordinators_name_where_its_own_is_of_loopback(monkeypatch: pytest.MonkeyPatch):
+    def host(own: str, coordinator: str | None) -> str:
+        monkeypatch.setattr(socket, "gethostbyname", lambda _: own)
+        hub = processes._Hub(2, coordinator)
+        hub._server.close()
+        return hub.address.rpartition(":")[0]
+
+    assert host("127.0.1.1", "10.0.0.1:1234") == "10.0.0.1"
+    assert host("127.0.1.1", None) == "127.0.1.1"
+    assert host("10.0.0.2", "10.0.0.1:1234") == "10.0.0.2"
+
+
+def test_connections_of_no_process_are_passed_over():
+    hub = processes._Hub(2, None)
+    port = int(hub.address.rpartition(":")[2])
+    hellos = [b"GET / HTTP/1.1\r\n", b"5\n", b"{}\n", b"", b'{"process": 1, "versions": {"jax": "1"}}\n']
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in hellos]
+    for connection, hello in zip(sockets, hellos, strict=True):
+        connection.sendall(hello)
+        connection.shutdown(socket.SHUT_WR)
+    assert hub.compare({"jax": "1"}) is None
+    assert [peer.number for peer in hub.peers] == [1]
+    assert json.loads(sockets[-1].recv(100)) == {"differing": None}
+    for connection in (*sockets, hub.peers[0].connection, hub._server):
+        connection.close()
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "START_TIMEOUT", 0.1)
+    hub = processes._Hub(2, None)
+    with socket.create_connection(("127.0.0.1", int(hub.address.rpartition(":")[2]))):  # says nothing
+        assert hub.compare({}) == "process 1 of 2 has not come within 0.1 s"
+    hub._server.close()
 
 
 @pytest.mark.parametrize(

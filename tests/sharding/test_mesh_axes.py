@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from sharding import ShardingError, make_mesh, parse_axes, parse_rules, partition_spec
+from sharding import ShardingError, make_mesh, parse_axes, parse_rules, partition_spec, shardings
 from sharding.mesh import axis_size, describe, split_for_kv_heads, sub_meshes
 from sharding.rules import check_used
 
@@ -103,6 +103,17 @@ MESH = AbstractMesh((2, 4), ("expert", "tensor"))
 )
 def test_defaults(path: str, shape: tuple[int, ...], spec: tuple[str | None, ...]):
     assert partition_spec(path, shape, MESH) == PartitionSpec(*spec)
+
+
+def test_shardings_of_a_whole_model():
+    mesh = make_mesh({"tensor": 1}, devices=jax.devices()[:1])
+    shapes = {"layers.0.attn.q.kernel": (8, 8), "layers.0.mlp.up.kernel": (8, 16), "norm.scale": (8,)}
+    found = shardings(shapes, mesh, {"attn/q/kernel": ("tensor", None)})
+    specs = {path: sharding.spec for path, sharding in found.items()}
+    assert list(specs.values()) == [PartitionSpec("tensor"), PartitionSpec(None, "tensor"), PartitionSpec()]
+    assert all(sharding.mesh == mesh for sharding in found.values())
+    with pytest.raises(ShardingError, match="'atn/q' matches no parameter"):
+        shardings(shapes, mesh, {"atn/q": ("tensor", None)})
 
 
 def test_own_rules_go_first_and_are_taken_at_their_word():
