@@ -252,6 +252,8 @@ def test_published_models_are_supported(spec: ArgSpec) -> None:
     ("change", "words"),
     [
         ({"head_dim": 72}, "head_dim 72"),
+        ({"dtype": "float16"}, "queries are float16"),
+        ({"page_dtype": "float16"}, "pages are float16"),
         ({"page_size": 12}, "page_size 12 is no multiple of 8"),
         ({"page_size": 64, "page_dtype": "int8"}, "page_size 64 is no multiple of 128"),
         ({"num_seqs": 4096, "seq_len": 16384}, "KiB of SMEM"),
