@@ -28,6 +28,9 @@ from pallas_kernels.paged_attention.arg_specs import SPECS, ArgSpec, random_argu
 from pallas_kernels.paged_attention.gpu import choose_tiles, make_launch, merge, paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.types import KVPages, Masking, Sizes
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from pallas_kernels.quantized_matmul import arg_specs as products
+from pallas_kernels.quantized_matmul.gpu import finish, launch_of, prepare
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 """Of the largest result, by the dtype of the queries: float32's rounding over thousands of keys, 8 and 11 bits."""
@@ -55,6 +58,7 @@ class Scale:
 
     interpret: bool
     specs: tuple[ArgSpec, ...]
+    products: tuple[products.ArgSpec, ...]
     copy_bytes: int
     matmul_size: int
     iterations: int
@@ -72,6 +76,7 @@ def full(dtype: str) -> Scale:
     return Scale(
         interpret=False,
         specs=(*SPECS, replace(decode, name="llama-3-8b-decode-float16", dtype="float16", page_dtype="float16")),
+        products=products.SPECS,
         copy_bytes=GIB,
         matmul_size=8192,
         iterations=20,
@@ -108,9 +113,12 @@ def dry() -> Scale:
         head_dim=16,
         windows=(None,) * 2,
     )
+    product = products.ArgSpec(name="small", m=3, n=40, k=128, bits=4, group_size=32, kind="minima", x_dtype="float32")
+    rounded = replace(product, name="small-a8", m=17, bits=8, kind="symmetric", activation_group_size=64)
     return Scale(
         interpret=True,
         specs=(small, replace(small, name="small-int8", page_dtype="int8", num_tokens=9)),
+        products=(product, rounded),
         copy_bytes=2**20,
         matmul_size=64,
         iterations=2,
@@ -148,11 +156,39 @@ def correctness(scale: Scale) -> Iterator[list[str]]:
         out, pages = _run_attention(spec, arguments, interpret=scale.interpret)
         q, k, v, before, batch, slopes = arguments
         expected, expected_pages = paged_attention_reference(q, k, v, before, batch, _masking(spec), slopes)
-        wanted = np.asarray(expected, np.float32)
-        error = float(np.max(np.abs(np.asarray(out, np.float32) - wanted)) / np.max(np.abs(wanted)))
-        tolerance = TOLERANCE[spec.dtype]
-        verdict = "ok" if error <= tolerance and _are_same_pages(pages, expected_pages) else "WRONG"
-        yield ["paged attention", spec.name, f"{error:.1e}", f"{tolerance:.0e}", verdict]
+        same = _are_same_pages(pages, expected_pages)
+        yield _row("paged attention", spec.name, out, expected, TOLERANCE[spec.dtype], same=same)
+    for product in scale.products:
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((product.m, product.k)), product.x_dtype)
+        weight = products.random_weight(
+            product.n, product.k, bits=product.bits, group_size=product.group_size, kind=product.kind,
+            scale_dtype=product.scale_dtype, layout="rows", seed=1,
+        )  # fmt: skip
+        group_size = product.activation_group_size
+        got = _run_product(x, weight, group_size, interpret=scale.interpret)
+        y = quantized_matmul(x, weight, activation_group_size=group_size, backend="reference")
+        yield _row("quantized matmul", product.name, got, y, TOLERANCE[product.x_dtype])
+
+
+def _row(kernel: str, shape: str, out: Any, expected: Any, tolerance: float, *, same: bool = True) -> list[str]:
+    wanted = np.asarray(expected, np.float32)
+    error = float(np.max(np.abs(np.asarray(out, np.float32) - wanted)) / np.max(np.abs(wanted)))
+    verdict = "ok" if error <= tolerance and same else "WRONG"
+    return [kernel, shape, f"{error:.1e}", f"{tolerance:.0e}", verdict]
+
+
+def _run_product(x: jax.Array, weight: QuantizedWeight, group_size: int | None, *, interpret: bool) -> jax.Array:
+    if not interpret:
+        return quantized_matmul(x, weight, activation_group_size=group_size, backend="gpu")
+    from pallas_kernels.triton_host import Interpreter
+
+    kernel_x, _, x_scales = prepare(
+        x, gate=None, gate_function="silu", activation_group_size=group_size, activation_scales=None
+    )
+    launch = launch_of(kernel_x, weight, chip=chip_named("t4"), x_scales=x_scales, out_dtype=x.dtype)
+    with Interpreter() as interpreter:
+        return finish(jnp.asarray(interpreter.run(launch)[0]), None, None, x.dtype)
 
 
 def _run_attention(spec: ArgSpec, arguments: tuple[Any, ...], *, interpret: bool) -> tuple[Any, KVPages]:
