@@ -3,7 +3,8 @@
 from functools import partial
 
 from llmir_jax.targets.paged_kernels import PagedKernel
-from pallas_kernels.paged_attention.tpu import page_width, paged_attention_tpu, unsupported_reason
+from pallas_kernels.paged_attention.tpu import paged_attention_tpu
+from pallas_kernels.paged_attention.tpu_tiles import page_width, unsupported_reason
 
 
 def paged_kernel(*, interpret: bool) -> PagedKernel:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import KVPages, PagedAttentionError, Sizes, paged_attention, unsupported_reason
 from pallas_kernels.paged_attention.arg_specs import SPECS, ArgSpec, random_arguments
-from pallas_kernels.paged_attention.tpu import Config, choose_config, page_width, vmem_bytes
+from pallas_kernels.paged_attention.tpu_tiles import Config, choose_config, page_width, vmem_bytes
 
 SMALL = ArgSpec(
     name="small",
