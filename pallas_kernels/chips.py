@@ -257,7 +257,7 @@ def chip_of(device: jax.Device) -> Chip:
     """The chip that a JAX device is, or is a part of.
 
     Raises UnknownChipError for a device whose figures are not known. What only needs a GPU's limits, not its speed,
-    asks `chip_named("sm90")` with its `capability_of`.
+    asks `limits_of`.
     """
     kind = device.device_kind
     for chip in CHIPS:
@@ -272,9 +272,28 @@ def chip_of(device: jax.Device) -> Chip:
     raise UnknownChipError(f"device {kind!r} ({device.platform}): no figures are known for it; known are {names}")
 
 
+def limits_of(device: jax.Device) -> Chip:
+    """The chip of a device, or of a GPU whose speed is not known one of the same compute capability.
+
+    Raises UnknownChipError for other devices, and for GPUs of a capability that kernels are not made for.
+    """
+    try:
+        return chip_of(device)
+    except UnknownChipError:
+        capability = capability_of(device)
+        if capability is None:
+            raise
+        if capability not in _REPRESENTATIVES:
+            known = ", ".join(f"{each / 10:.1f}" for each in _REPRESENTATIVES)
+            raise UnknownChipError(
+                f"device {device.device_kind!r}: compute capability {capability / 10:.1f}, kernels are for {known}"
+            ) from None
+        return chip_named(f"sm{capability}")
+
+
 def _begins(kind: str, start: str) -> bool:
     """Whether a name begins with whole words."""
     return kind == start or kind.startswith(start + " ")
 
 
-__all__ = ["CHIPS", "Chip", "UnknownChipError", "capability_of", "chip_named", "chip_of"]
+__all__ = ["CHIPS", "Chip", "UnknownChipError", "capability_of", "chip_named", "chip_of", "limits_of"]

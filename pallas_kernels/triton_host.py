@@ -93,7 +93,14 @@ def call(launch: Launch, *, capability: int) -> tuple[Any, ...]:
         ImportError: jax-triton is not installed (``pip install llmir-jax[gpu]``).
     """
     import jax
-    import jax_triton
+
+    try:
+        import jax_triton
+    except ImportError as error:
+        raise ImportError(
+            f"{launch.kernel}: jax-triton is not installed; pip install 'llmir-jax[gpu]' brings it, on Python 3.12 or "
+            "later"
+        ) from error
 
     function = _function(launch.kernel)
     refs = [jax.new_ref(array) for array in launch.updated]

@@ -11,6 +11,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 import llmir_jax as llmir
 from llmir_jax.analysis.align import main_function
+from llmir_jax.dialects import llm
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.models.llama import Llama, LlamaConfig
 from llmir_jax.pipeline import text_of
@@ -73,6 +74,16 @@ def test_what_no_kernel_serves_is_said(config: LlamaConfig, options: dict[str, o
     ((text, count),) = unserved["llm.attend_pages"].items()
     assert reason in text
     assert count == 2
+
+
+def test_attention_over_pages_of_no_write_is_said() -> None:
+    module = derived()
+    first = next(op for op in main_function(module).body.block.ops if isinstance(op, llm.AttendPagesOp))
+    write = first.k_pages.owner
+    assert isinstance(write, llm.WritePagesOp)
+    first.operands[list(first.operands).index(first.v_pages)] = write.v_pages
+    found = LowerToGpuPass().unserved(module)["llm.attend_pages"]
+    assert found == {"its keys and values are not of one write": 1}
 
 
 @needs_plugin

@@ -23,10 +23,14 @@ from jax import lax
 
 from llmir_jax.bench.shapes import SHAPES
 from llmir_jax.models.llama import LlamaConfig
+from pallas_kernels.chips import UnknownChipError, chip_named, limits_of
 from pallas_kernels.paged_attention.arg_specs import SPECS, ArgSpec, random_arguments
-from pallas_kernels.paged_attention.gpu import choose_tiles, gpu_limits, make_launch, merge, paged_attention_gpu
+from pallas_kernels.paged_attention.gpu import choose_tiles, make_launch, merge, paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.types import KVPages, Masking, Sizes
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from pallas_kernels.quantized_matmul import arg_specs as products
+from pallas_kernels.quantized_matmul.gpu import finish, launch_of, prepare
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 """Of the largest result, by the dtype of the queries: float32's rounding over thousands of keys, 8 and 11 bits."""
@@ -54,6 +58,7 @@ class Scale:
 
     interpret: bool
     specs: tuple[ArgSpec, ...]
+    products: tuple[products.ArgSpec, ...]
     copy_bytes: int
     matmul_size: int
     iterations: int
@@ -66,11 +71,12 @@ class Scale:
 
 def full(dtype: str) -> Scale:
     """What a GPU is measured with; 16-bit shapes in `dtype`."""
-    llama = next(spec for spec in SPECS if spec.name == "llama-3-8b-decode")
-    llama = replace(llama, seq_len=4096, dtype=dtype, page_dtype=dtype)
+    decode = next(spec for spec in SPECS if spec.name == "llama-3-8b-decode")
+    llama = replace(decode, seq_len=4096, dtype=dtype, page_dtype=dtype)
     return Scale(
         interpret=False,
-        specs=SPECS,
+        specs=(*SPECS, replace(decode, name="llama-3-8b-decode-float16", dtype="float16", page_dtype="float16")),
+        products=products.SPECS,
         copy_bytes=GIB,
         matmul_size=8192,
         iterations=20,
@@ -107,9 +113,12 @@ def dry() -> Scale:
         head_dim=16,
         windows=(None,) * 2,
     )
+    product = products.ArgSpec(name="small", m=3, n=40, k=128, bits=4, group_size=32, kind="minima", x_dtype="float32")
+    rounded = replace(product, name="small-a8", m=17, bits=8, kind="symmetric", activation_group_size=64)
     return Scale(
         interpret=True,
         specs=(small, replace(small, name="small-int8", page_dtype="int8", num_tokens=9)),
+        products=(product, rounded),
         copy_bytes=2**20,
         matmul_size=64,
         iterations=2,
@@ -147,11 +156,39 @@ def correctness(scale: Scale) -> Iterator[list[str]]:
         out, pages = _run_attention(spec, arguments, interpret=scale.interpret)
         q, k, v, before, batch, slopes = arguments
         expected, expected_pages = paged_attention_reference(q, k, v, before, batch, _masking(spec), slopes)
-        wanted = np.asarray(expected, np.float32)
-        error = float(np.max(np.abs(np.asarray(out, np.float32) - wanted)) / np.max(np.abs(wanted)))
-        tolerance = TOLERANCE[spec.dtype]
-        verdict = "ok" if error <= tolerance and _are_same_pages(pages, expected_pages) else "WRONG"
-        yield ["paged attention", spec.name, f"{error:.1e}", f"{tolerance:.0e}", verdict]
+        same = _are_same_pages(pages, expected_pages)
+        yield _row("paged attention", spec.name, out, expected, TOLERANCE[spec.dtype], same=same)
+    for product in scale.products:
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((product.m, product.k)), product.x_dtype)
+        weight = products.random_weight(
+            product.n, product.k, bits=product.bits, group_size=product.group_size, kind=product.kind,
+            scale_dtype=product.scale_dtype, layout="rows", seed=1,
+        )  # fmt: skip
+        group_size = product.activation_group_size
+        got = _run_product(x, weight, group_size, interpret=scale.interpret)
+        y = quantized_matmul(x, weight, activation_group_size=group_size, backend="reference")
+        yield _row("quantized matmul", product.name, got, y, TOLERANCE[product.x_dtype])
+
+
+def _row(kernel: str, shape: str, out: Any, expected: Any, tolerance: float, *, same: bool = True) -> list[str]:
+    wanted = np.asarray(expected, np.float32)
+    error = float(np.max(np.abs(np.asarray(out, np.float32) - wanted)) / np.max(np.abs(wanted)))
+    verdict = "ok" if error <= tolerance and same else "WRONG"
+    return [kernel, shape, f"{error:.1e}", f"{tolerance:.0e}", verdict]
+
+
+def _run_product(x: jax.Array, weight: QuantizedWeight, group_size: int | None, *, interpret: bool) -> jax.Array:
+    if not interpret:
+        return quantized_matmul(x, weight, activation_group_size=group_size, backend="gpu")
+    from pallas_kernels.triton_host import Interpreter
+
+    kernel_x, _, x_scales = prepare(
+        x, gate=None, gate_function="silu", activation_group_size=group_size, activation_scales=None
+    )
+    launch = launch_of(kernel_x, weight, chip=chip_named("t4"), x_scales=x_scales, out_dtype=x.dtype)
+    with Interpreter() as interpreter:
+        return finish(jnp.asarray(interpreter.run(launch)[0]), None, None, x.dtype)
 
 
 def _run_attention(spec: ArgSpec, arguments: tuple[Any, ...], *, interpret: bool) -> tuple[Any, KVPages]:
@@ -159,7 +196,6 @@ def _run_attention(spec: ArgSpec, arguments: tuple[Any, ...], *, interpret: bool
     if not interpret:
         kernel: Attention = jax.jit(paged_attention_gpu, static_argnums=5)
         return kernel(q, k, v, pages, batch, _masking(spec), slopes)
-    from pallas_kernels.chips import chip_named
     from pallas_kernels.triton_host import Interpreter
 
     tiles = choose_tiles(Sizes.of(q, k, pages, batch), chip_named("t4"))
@@ -170,7 +206,13 @@ def _run_attention(spec: ArgSpec, arguments: tuple[Any, ...], *, interpret: bool
 
 
 def _are_same_pages(got: KVPages, expected: KVPages) -> bool:
-    """Floats are equal bit for bit, NaN where nothing was written; integers at a tie may round either way."""
+    """Floats are equal bit for bit, NaN where nothing was written; integers at a tie may round either way, and scales
+    are within an ulp, since XLA may divide by 127 in another way."""
+    for array, wanted in ((got.k_scales, expected.k_scales), (got.v_scales, expected.v_scales)):
+        if wanted is not None and not np.allclose(
+            np.asarray(array), np.asarray(wanted), rtol=3e-7, atol=0, equal_nan=True
+        ):
+            return False
     slack = 0 if got.k_scales is None else 1
     for array, wanted in ((got.k, expected.k), (got.v, expected.v)):
         difference = np.asarray(array, np.float32) - np.asarray(wanted, np.float32)
@@ -199,7 +241,7 @@ def ceilings(scale: Scale, dtype: str) -> tuple[float, float]:
     copied = seconds(lambda x: x + 1, jnp.zeros(scale.copy_bytes // 4, jnp.float32), scale.iterations)
     size = scale.matmul_size
     weight = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype)) / size**0.5
-    multiplied = seconds(lambda x: x @ weight, weight, scale.iterations)
+    multiplied = seconds(lambda s: (s[0] @ s[1], s[1]), (jnp.copy(weight), weight), scale.iterations)
     return 2 * scale.copy_bytes / copied, 2 * size**3 / multiplied
 
 
@@ -257,15 +299,16 @@ def _jax_attention(scale: Scale, spec: ArgSpec) -> str:
         if implementation == "cudnn" and scale.interpret:
             continue
 
-        def body(q: jax.Array, implementation: Any = implementation) -> jax.Array:
+        def body(state: tuple[jax.Array, jax.Array], implementation: Any = implementation) -> Any:
+            q, keys = state
             masks: dict[str, Any] = {"key_value_seq_lengths": lengths} if is_decode else {"is_causal": True}
-            out: jax.Array = jax.nn.dot_product_attention(q, keys, keys, implementation=implementation, **masks)
-            return out
+            return jax.nn.dot_product_attention(q, keys, keys, implementation=implementation, **masks), keys
 
+        start = (jnp.copy(q), jnp.copy(keys))  # `seconds` donates them
         try:
-            found.append(f"{implementation} {1e3 * seconds(body, q, scale.iterations):.3f}")
+            found.append(f"{implementation} {1e3 * seconds(body, start, scale.iterations):.3f}")
         except Exception as error:  # whatever it is that this GPU or this JAX lacks
-            found.append(f"{implementation}: {str(error).splitlines()[0][:60]}")
+            found.append(f"{implementation}: {(str(error) or repr(error)).splitlines()[0][:60]}")
     return ", ".join(found)
 
 
@@ -331,7 +374,10 @@ def render(rows: Sequence[Sequence[str]]) -> str:
 
 
 def run(*, dry_run: bool, print_line: Callable[[str], None] = print) -> bool:
-    """Make the check; whether every kernel is right. Raises GpuCheckError without a GPU."""
+    """Make the check; whether every kernel is right.
+
+    Raises GpuCheckError without a GPU, UnknownChipError on one that kernels are not for.
+    """
     platform = jax.default_backend()
     if dry_run:
         scale, dtype, memory = dry(), "float32", None
@@ -343,9 +389,9 @@ def run(*, dry_run: bool, print_line: Callable[[str], None] = print) -> bool:
                 "that has one, or use --dry-run"
             )
         device = jax.devices()[0]
-        chip = gpu_limits(device)
+        chip = limits_of(device)
         dtype = "bfloat16" if "bfloat16" in chip.peak_flops else "float16"
-        scale, memory = full(dtype), chip.memory_bytes
+        scale, memory = full(dtype), (device.memory_stats() or {}).get("bytes_limit")
         print_line(f"{device.device_kind}, JAX {jax.__version__}, {time.strftime('%Y-%m-%d')}")
     checked = list(correctness(scale))
     for rows in (checked, list(speed(scale, dtype)), list(models(scale, dtype, memory))):
@@ -360,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         is_right = run(dry_run=options.dry_run)
-    except (GpuCheckError, ImportError) as error:
+    except (GpuCheckError, UnknownChipError, ImportError) as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 1
     if not is_right:

@@ -6,8 +6,8 @@ from functools import partial
 import jax
 
 from llmir_jax.targets.paged_kernels import PagedKernel
-from pallas_kernels.chips import Chip, UnknownChipError
-from pallas_kernels.paged_attention.gpu import gpu_limits, paged_attention_gpu, tiles_reason, unsupported_reason
+from pallas_kernels.chips import Chip, UnknownChipError, limits_of
+from pallas_kernels.paged_attention.gpu import paged_attention_gpu, tiles_reason, unsupported_reason
 from pallas_kernels.paged_attention.types import Sizes
 
 
@@ -15,7 +15,7 @@ def paged_kernel(chip: Chip) -> PagedKernel:
     """Ragged paged attention by Triton, for a chip."""
 
     def reason(sizes: Sizes) -> str | None:
-        return unsupported_reason(sizes, chip.capability) or tiles_reason(sizes, chip)
+        return unsupported_reason(sizes) or tiles_reason(sizes, chip)
 
     return PagedKernel(
         run=partial(paged_attention_gpu, chip=chip),
@@ -29,7 +29,7 @@ def kernels_for(device: jax.Device) -> Chip | str:
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed: pip install 'llmir-jax[gpu]', with Python 3.12 or later and JAX 0.11"
     try:
-        return gpu_limits(device)
+        return limits_of(device)
     except UnknownChipError as error:
         return str(error)
 

@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from llmir_jax.targets.paged_kernels import PagedKernel, find_attention
-from pallas_kernels.paged_attention.tpu import page_width, paged_attention_tpu, unsupported_reason
+from llmir_jax.targets.paged_kernels import PagedKernel
+from pallas_kernels.paged_attention.tpu import paged_attention_tpu
+from pallas_kernels.paged_attention.tpu_tiles import page_width, unsupported_reason
 
 
 def paged_kernel(*, interpret: bool) -> PagedKernel:
@@ -12,4 +13,4 @@ def paged_kernel(*, interpret: bool) -> PagedKernel:
     return PagedKernel(run=run, page_width=page_width, unsupported_reason=unsupported_reason)
 
 
-__all__ = ["find_attention", "paged_kernel"]
+__all__ = ["paged_kernel"]

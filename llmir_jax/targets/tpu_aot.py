@@ -15,7 +15,7 @@ from llmir_jax.errors import LlmirError
 from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.pipeline import Recorder, derive_step, specialize_step
 from llmir_jax.quantization import MixedPrecision, Plan, Quantize, check_quantize, make_plan
-from llmir_jax.targets.tpu import find_attention
+from llmir_jax.targets.paged_kernels import find_attention
 from llmir_jax.trace import trace
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.lower_to_kernels import Unserved
@@ -69,8 +69,8 @@ def compile_for_tpu(
         device: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     except Exception as error:
         raise LlmirError(
-            f"topology {topology!r}: {str(error).splitlines()[0]}; compiling ahead of time needs libtpu, which "
-            "pip install 'llmir-jax[tpu-aot]' brings"
+            f"topology {topology!r}: {(str(error) or repr(error)).splitlines()[0]}; compiling ahead of time needs "
+            "libtpu, which pip install 'llmir-jax[tpu-aot]' brings"
         ) from error
     check_quantize(quantize)
     if isinstance(quantize, MixedPrecision):
@@ -128,7 +128,7 @@ def _compile(called: Executable, device: Any, donated: list[int]) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise LlmirError(f"the step for {device.device_kind}: {str(error).splitlines()[0]}") from error
+        raise LlmirError(f"the step for {device.device_kind}: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 __all__ = ["CompiledStep", "compile_for_tpu"]

@@ -89,12 +89,20 @@ class LowerToKernelsPass(ModulePass, ABC):
             return None
         return Kernel(matmul_kernel(op, self.known_chip, self.interprets), self.platform)
 
+    def _attention(self, module: ModuleOp) -> list[tuple[FusedAttention, str | None]]:
+        """Attention over pages that one write has just filled, and why the kernel does not serve it."""
+        kernel = self.paged_kernel
+        return [
+            (fused, fused.reason(kernel, self.max_tokens or shape_of(fused.attend.q)[0]))
+            for fused in find_attention(list(main_function(module).body.block.ops))
+        ]
+
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         main = main_function(op)
         lowering = Lowering(module=op, num_devices=None, kernel=self.kernel)
         kernel = self.paged_kernel
-        for fused in find_attention(list(main.body.block.ops)):
-            if fused.reason(kernel, self.max_tokens or shape_of(fused.attend.q)[0]) is None:
+        for fused, reason in self._attention(op):
+            if reason is None:
                 _fuse(lowering, fused, kernel, self.platform)
         signature.sync(main)
         lower_module(lowering)
@@ -103,8 +111,14 @@ class LowerToKernelsPass(ModulePass, ABC):
         """What the pass would leave to reference decompositions though there are kernels of its kind, and why."""
         found: dict[str, Counter[str]] = {}
         ops = list(main_function(module).body.block.ops)
-        kernel = self.paged_kernel
-        reasons = [("llm.attend_pages", fused.reason(kernel, self.max_tokens)) for fused in find_attention(ops)]
+        attention = self._attention(module)
+        paired = {fused.attend for fused, _ in attention}
+        reasons = [("llm.attend_pages", reason) for _, reason in attention]
+        reasons += [
+            (op.name, "its keys and values are not of one write")
+            for op in ops
+            if isinstance(op, llm.AttendPagesOp) and op not in paired
+        ]
         reasons += [
             (op.name, matmul_reason(op, self.known_chip)) for op in ops if isinstance(op, llm.QuantizedMatmulOp)
         ]
@@ -115,12 +129,10 @@ class LowerToKernelsPass(ModulePass, ABC):
 
     def kernel_pages(self, module: ModuleOp) -> frozenset[int]:
         """The arguments of @main that hold pages as a kernel wants them."""
-        kernel = self.paged_kernel
-        found = find_attention(list(main_function(module).body.block.ops))
         return frozenset(
             pages.index
-            for fused in found
-            if fused.reason(kernel, self.max_tokens) is None
+            for fused, reason in self._attention(module)
+            if reason is None
             for pages in (fused.write.k_pages, fused.write.v_pages)
             if isinstance(pages, BlockArgument)
         )

@@ -12,8 +12,8 @@ from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.types import KVPages, Masking, PagedAttentionError, RaggedBatch, Sizes
 
 Backend = Literal["reference", "tpu", "gpu"]
-PAGE_DTYPES = ("float32", "bfloat16", "int8")
-FLOAT_DTYPES = ("float32", "bfloat16")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+PAGE_DTYPES = (*FLOAT_DTYPES, "int8")
 
 
 def paged_attention(
@@ -34,7 +34,8 @@ def paged_attention(
     """Attention of the tokens of several sequences, prompts in chunks and single tokens mixed, over a paged cache.
 
     Args:
-        q: [T, H, D], float32 or bfloat16. Rows that `batch` gives to no sequence are padding: their results are 0.
+        q: [T, H, D], float32, bfloat16, or for all but tpu float16. Rows that `batch` gives to no sequence are padding:
+            their results are 0.
         k, v: [T, Hkv, D], of q's dtype, written to their pages first. H is a multiple of Hkv.
         pages: one layer's pages. Donate them: a kernel updates them in place.
         batch: block tables, lengths, and which rows are whose.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention.tpu import page_width
+from pallas_kernels.paged_attention.tpu_tiles import page_width
 from pallas_kernels.paged_attention.types import KVPages, RaggedBatch
 
 

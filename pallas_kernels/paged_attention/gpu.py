@@ -1,4 +1,6 @@
-"""Ragged paged attention on NVIDIA GPUs of compute capability 7.5 and later, by a Triton kernel through jax-triton.
+"""Ragged paged attention on NVIDIA GPUs, by a Triton kernel through jax-triton.
+
+Compute capabilities are 7.5, 8.0, 8.6, 8.9, 9.0 and 10.0, those of `chips`.
 
 `triton_kernels.ragged_paged_attention` is the kernel. Here is what goes before and after it: the rows of each sequence
 are cut into tiles of `block_q` rows, tiles are chosen by the shared memory that they take, old keys are cut into
@@ -18,14 +20,14 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels.chips import Chip, UnknownChipError, capability_of, chip_named, chip_of
+from pallas_kernels.chips import Chip, limits_of
 from pallas_kernels.paged_attention.types import KVPages, Masking, RaggedBatch, Sizes
 from pallas_kernels.tiles import Buffer, TileError, choose, round_up
 from pallas_kernels.triton_host import Launch, call
 
 KERNEL = "pallas_kernels.paged_attention.triton_kernels:ragged_paged_attention"
 LARGEST_HEAD_DIM = 256
-LEAST_CAPABILITY = 75
+FLOATS = ("float32", "bfloat16", "float16")
 PROGRAMS_PER_CORE = 4
 """Programs for each multiprocessor that splitting aims at, so that one's loads hide behind another's products."""
 LEAST_KEYS_PER_SPLIT = 128
@@ -44,10 +46,12 @@ class Tiles:
     splits: int = 1
 
 
-def unsupported_reason(sizes: Sizes, capability: int | None = None) -> str | None:
-    """None if the kernel takes these sizes, else why not; `capability` is 75 for a T4, None for one that serves all."""
-    if capability is not None and capability < LEAST_CAPABILITY:
-        return f"the GPU has compute capability {capability / 10}, at least {LEAST_CAPABILITY / 10} is needed"
+def unsupported_reason(sizes: Sizes) -> str | None:
+    """None if the kernel takes these sizes and dtypes, else why not."""
+    if sizes.q_dtype.name not in FLOATS:
+        return f"queries are {sizes.q_dtype}, not {' or '.join(FLOATS)}"
+    if sizes.page_dtype.name not in (*FLOATS, "int8"):
+        return f"pages are {sizes.page_dtype}, not {', '.join(FLOATS)} or int8"
     if sizes.head_dim > LARGEST_HEAD_DIM:
         return f"head_dim {sizes.head_dim} is larger than {LARGEST_HEAD_DIM}"
     if sizes.num_tokens == 0 or sizes.num_seqs == 0:
@@ -187,20 +191,6 @@ def merge(results: tuple[Array, ...], batch: RaggedBatch, dtype: DTypeLike, num_
     return jnp.where(live[:, None, None], out, 0).astype(dtype), pages
 
 
-def gpu_limits(device: jax.Device) -> Chip:
-    """The chip of a device, or where its speed is not known one of the same compute capability.
-
-    Raises UnknownChipError for what is no NVIDIA GPU, or of a capability that is not known.
-    """
-    try:
-        return chip_of(device)
-    except UnknownChipError:
-        capability = capability_of(device)
-        if capability is None:
-            raise
-        return chip_named(f"sm{capability}")
-
-
 def paged_attention_gpu(
     q: Array,
     k: Array,
@@ -223,7 +213,7 @@ def paged_attention_gpu(
         TileError: no tiles fit the chip's shared memory.
         UnknownChipError: JAX's first device is no known GPU.
     """
-    chip = gpu_limits(jax.devices()[0]) if chip is None else chip
+    chip = limits_of(jax.devices()[0]) if chip is None else chip
     sizes = Sizes.of(q, k, pages, batch)
     tiles = choose_tiles(sizes, chip) if tiles is None else tiles
     launch = make_launch(q, k, v, pages, batch, masking, slopes, tiles, wide=is_wide(sizes, chip))
@@ -263,7 +253,6 @@ def _power_of_two(size: int) -> int:
 __all__ = [
     "Tiles",
     "choose_tiles",
-    "gpu_limits",
     "make_launch",
     "merge",
     "paged_attention_gpu",

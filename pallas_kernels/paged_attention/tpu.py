@@ -13,20 +13,28 @@ pages' tiles, are merged into the block in VMEM, attended to, and copied from th
 Batches of more tokens than sequences take two calls: single tokens with a tile of one query, the others with more.
 """
 
-import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_attention.lane_groups import gather_heads, spread, spread_slopes
 from pallas_kernels.paged_attention.reference import rows_of
-from pallas_kernels.paged_attention.schedule import chunks_of, max_chunks, tiles_of
+from pallas_kernels.paged_attention.schedule import chunks_of, tiles_of
+from pallas_kernels.paged_attention.tpu_tiles import (
+    VMEM_BUDGET_BYTES,
+    Config,
+    choose_config,
+    layout,
+    page_width,
+    rows_per_tile,
+    unsupported_reason,
+    vmem_bytes,
+)
 from pallas_kernels.paged_attention.types import (
     KVPages,
     Masking,
@@ -35,148 +43,13 @@ from pallas_kernels.paged_attention.types import (
     Sizes,
     quantize_rows,
 )
+from pallas_kernels.tiles import LANES
 
-LANES = 128
-SUBLANES = 8  # rows of 32 bits in a register
-HEAD_DIMS = (64, 80, 96, 128, 256)
 LOWEST = -1e30
 """Below any score; finite, so that a row that saw nothing yet is rescaled by exp(0), not by exp(inf − inf)."""
 VMEM_LIMIT_BYTES = 48 << 20
 """What the compiler may use. VMEM is 128 MiB a core on v5e and v6e, 64 on v5p and 7x (jax.experimental.pallas.tpu's
 get_tpu_info_for_chip, 0.10.2)."""
-VMEM_BUDGET_BYTES = 24 << 20
-"""What `vmem_bytes` may give; the rest is for the compiler's own."""
-SMEM_BUDGET_BYTES = 512 << 10
-"""Of 1 MiB of SMEM a core on these chips (same source)."""
-KEYS_PER_BLOCK = (512, 256, 128, 64, 32, 16, 8)
-TILES = (64, 32, 16, 8, 1)
-
-
-def lanes_per_group(num_kv_heads: int, head_dim: int) -> int:
-    """Lanes of the fewest heads that fill whole registers, or of all heads if these are fewer."""
-    whole = math.lcm(head_dim, LANES)
-    return min(whole, -(-num_kv_heads * head_dim // LANES) * LANES)
-
-
-def page_width(num_kv_heads: int, head_dim: int) -> int:
-    """Elements of a token's row in a page: its heads, padded to whole lane groups."""
-    lanes = lanes_per_group(num_kv_heads, head_dim)
-    return -(-num_kv_heads * head_dim // lanes) * lanes
-
-
-def rows_per_tile(dtype: np.dtype[Any]) -> int:
-    """Rows of a tile of memory: a slice of pages must begin and end at multiples of it."""
-    return SUBLANES * 4 // dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tile sizes of one call."""
-
-    tile: int  # queries
-    keys_per_block: int
-
-
-def vmem_bytes(sizes: Sizes, config: Config) -> int:
-    """VMEM that a call takes: buffers and scratch, counted, and the temporaries of a lane group's step."""
-    width, groups, lanes, rows = _layout(sizes)
-    keys, queries = config.keys_per_block, config.tile * rows
-    chunk = rows_per_tile(sizes.page_dtype)
-    item = sizes.page_dtype.itemsize
-    pages = 2 * 2 * keys * width * item
-    staged = 2 * 2 * max(keys, chunk) * width * item
-    ends = 2 * 2 * config.tile * groups * rows * lanes * 4  # queries and results
-    running = groups * queries * (lanes + 2 * LANES) * 4
-    scores = 6 * queries * max(keys, LANES) * 4
-    operands = 2 * keys * lanes * 4
-    scales = 0
-    if sizes.page_dtype == jnp.int8:
-        kv_rows = -(-sizes.num_kv_heads // SUBLANES) * SUBLANES
-        scales = 2 * 2 * kv_rows * (keys + keys // chunk * sizes.page_size) * 4
-    return pages + staged + ends + running + scores + operands + scales
-
-
-def choose_config(sizes: Sizes, *, single: bool) -> Config | None:
-    """The largest tiles whose VMEM fits, keys first; None if none do. `single`: tiles of one query."""
-    longest = sizes.pages_per_seq * sizes.page_size
-    for tile in (1,) if single else [t for t in TILES if t <= max(8, sizes.num_tokens)]:
-        for keys in KEYS_PER_BLOCK:
-            keys_per_block = max(keys // sizes.page_size, 1) * sizes.page_size
-            if keys_per_block > max(longest, sizes.page_size):
-                continue
-            config = Config(tile=tile, keys_per_block=keys_per_block)
-            if vmem_bytes(sizes, config) <= VMEM_BUDGET_BYTES:
-                return config
-    return None
-
-
-def unsupported_reason(sizes: Sizes) -> str | None:
-    """None if the kernel takes arguments of these sizes, else why not, with the numbers."""
-    if sizes.head_dim not in HEAD_DIMS:
-        return f"head_dim {sizes.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
-    if sizes.q_dtype.name not in ("float32", "bfloat16"):
-        return f"queries are {sizes.q_dtype}, not float32 or bfloat16"
-    if sizes.page_dtype.name not in ("float32", "bfloat16", "int8"):
-        return f"pages are {sizes.page_dtype}, not float32, bfloat16 or int8"
-    rows = LANES if sizes.page_dtype == jnp.int8 else rows_per_tile(sizes.page_dtype)
-    if sizes.page_size % rows:
-        return f"page_size {sizes.page_size} is no multiple of {rows}, which {sizes.page_dtype} pages need"
-    tables = 4 * sizes.num_seqs * (sizes.pages_per_seq + 4) + 4 * 5 * sizes.num_tokens
-    if tables > SMEM_BUDGET_BYTES:
-        return f"block tables and tiles take {tables >> 10} KiB of SMEM, of {SMEM_BUDGET_BYTES >> 10}"
-    if choose_config(sizes, single=True) is None:
-        smallest = Config(tile=1, keys_per_block=sizes.page_size)
-        return (
-            f"one query and one page of {sizes.page_size} tokens take {vmem_bytes(sizes, smallest) / 2**20:.1f} MiB of "
-            f"VMEM, of {VMEM_BUDGET_BYTES >> 20}"
-        )
-    return None
-
-
-def _layout(sizes: Sizes) -> tuple[int, int, int, int]:
-    """A page row's width, lane groups, lanes of each, and rows of queries that a token has in each."""
-    width = page_width(sizes.num_kv_heads, sizes.head_dim)
-    lanes = lanes_per_group(sizes.num_kv_heads, sizes.head_dim)
-    heads = lanes // sizes.head_dim * sizes.queries_per_kv_head
-    return width, width // lanes, lanes, -(-heads // SUBLANES) * SUBLANES
-
-
-def _head_mask(sizes: Sizes) -> np.ndarray[Any, Any]:
-    """bool [rows, lanes]: the lanes of each query row's own head, in a lane group."""
-    _, _, lanes, rows = _layout(sizes)
-    head = np.arange(rows)[:, None] // sizes.queries_per_kv_head
-    return np.asarray(head == np.arange(lanes)[None, :] // sizes.head_dim)
-
-
-def _spread(q: Array, sizes: Sizes) -> Array:
-    """Queries [T, H, D] as float32 [T, groups, rows, lanes], 0 outside of their own head's lanes."""
-    _, groups, lanes, rows = _layout(sizes)
-    per_group = lanes // sizes.head_dim
-    many = sizes.queries_per_kv_head
-    grouped = q.astype(jnp.float32).reshape(q.shape[0], sizes.num_kv_heads, many, sizes.head_dim)
-    grouped = jnp.pad(grouped, ((0, 0), (0, groups * per_group - sizes.num_kv_heads), (0, 0), (0, 0)))
-    flat = grouped.reshape(q.shape[0], groups, per_group * many, sizes.head_dim)
-    flat = jnp.pad(flat, ((0, 0), (0, 0), (0, rows - per_group * many), (0, 0)))
-    wide = jnp.tile(flat, per_group)
-    wide = jnp.pad(wide, ((0, 0), (0, 0), (0, 0), (0, lanes - wide.shape[-1])))
-    return jnp.where(_head_mask(sizes), wide, 0)
-
-
-def _spread_slopes(slopes: Array, sizes: Sizes) -> Array:
-    """Slopes [H] as float32 [groups, rows], 0 in rows of no head."""
-    _, groups, lanes, rows = _layout(sizes)
-    heads = lanes // sizes.head_dim * sizes.queries_per_kv_head
-    flat = jnp.pad(slopes.astype(jnp.float32), (0, groups * heads - sizes.num_heads))
-    return jnp.pad(flat.reshape(groups, heads), ((0, 0), (0, rows - heads)))
-
-
-def _gather_heads(out: Array, sizes: Sizes) -> Array:
-    """[T, H, D] of [T, groups, rows, lanes]: of each query row the lanes of its own head."""
-    _, _, lanes, _ = _layout(sizes)
-    many, dim = sizes.queries_per_kv_head, sizes.head_dim
-    heads = [out[:, :, i * many : (i + 1) * many, i * dim : (i + 1) * dim] for i in range(lanes // dim)]
-    joined = jnp.stack(heads, axis=2)  # [T, groups, per_group, many, D]
-    return joined.reshape(out.shape[0], -1, dim)[:, : sizes.num_heads]
 
 
 def paged_attention_tpu(
@@ -210,11 +83,13 @@ def paged_attention_tpu(
     if config is not None:
         _check_config(sizes, config)
     new_k, new_v = _chunked(k, sizes, batch), _chunked(v, sizes, batch)
-    spread = _spread(q, sizes)
-    call = partial(_call, spread, new_k, new_v, batch=batch, masking=masking, slopes=slopes, interpret=interpret)
+    call = partial(
+        _call, spread(q, sizes), new_k, new_v, batch=batch, masking=masking, slopes=slopes, interpret=interpret
+    )
     single = choose_config(sizes, single=True)
     assert single is not None, "unsupported_reason said that it fits"
     several = config or choose_config(sizes, single=False)
+    seq_ids, _, valid = rows_of(batch, sizes.num_tokens)
     is_single = batch.query_lens == 1
     max_singles = min(sizes.num_tokens, sizes.num_seqs)
     if several is None or (config is None and sizes.num_tokens <= sizes.num_seqs):
@@ -223,10 +98,8 @@ def paged_attention_tpu(
         max_tiles = min(sizes.num_tokens, sizes.num_tokens // several.tile + sizes.num_seqs)
         ones, pages = call(pages, sizes=sizes, config=single, include=is_single, max_tiles=max_singles)
         rest, pages = call(pages, sizes=sizes, config=several, include=batch.query_lens > 1, max_tiles=max_tiles)
-        seq_ids, _, _ = rows_of(batch, sizes.num_tokens)
         out = jnp.where(is_single[seq_ids][:, None, None, None], ones, rest)
-    _, _, valid = rows_of(batch, sizes.num_tokens)
-    out = jnp.where(valid[:, None, None], _gather_heads(out, sizes), 0)
+    out = jnp.where(valid[:, None, None], gather_heads(out, sizes), 0)
     return out.astype(q.dtype), pages
 
 
@@ -276,7 +149,7 @@ def _call(
     interpret: Any,
 ) -> tuple[Array, KVPages]:
     """One launch: float32 [T, groups, rows, lanes] of the rows it serves, anything in others; and the new pages."""
-    width, groups, lanes, rows = _layout(sizes)
+    width, groups, lanes, rows = layout(sizes)
     chunk = rows_per_tile(sizes.page_dtype)
     keys, queries = config.keys_per_block, config.tile * rows
     tiles = tiles_of(batch, include, masking, tile=config.tile, keys_per_block=keys, max_tiles=max_tiles)
@@ -292,8 +165,8 @@ def _call(
         new += [new_k[1], new_v[1]]
     inputs = [padded, *new]
     if slopes is not None:
-        spread_slopes = jnp.broadcast_to(_spread_slopes(slopes, sizes)[..., None], (groups, rows, LANES))
-        inputs.append(spread_slopes)
+        wide = jnp.broadcast_to(spread_slopes(slopes, sizes)[..., None], (groups, rows, LANES))
+        inputs.append(wide)
     num_blocks_pages = keys // sizes.page_size
     chunks_per_block = keys // chunk
     scratch: list[Any] = [
@@ -358,7 +231,7 @@ def _kernel(*refs: Any, sizes: Sizes, config: Config, masking: Masking, num_page
     buffers: tuple[Any, Any] = (scale_bufs[0], scale_bufs[1]) if scale_bufs else (None, None)
     scale_buf, new_scale_buf = buffers
 
-    _, groups, lanes, rows = _layout(sizes)
+    _, groups, lanes, rows = layout(sizes)
     keys, tile = config.keys_per_block, config.tile
     page_size, chunk = sizes.page_size, rows_per_tile(sizes.page_dtype)
     queries = tile * rows
@@ -596,12 +469,4 @@ def _widen(x: Array, dtype: Any) -> Array:
     return x.astype(jnp.float32).astype(dtype) if x.dtype == jnp.int8 else x.astype(dtype)
 
 
-__all__ = [
-    "Config",
-    "choose_config",
-    "max_chunks",
-    "page_width",
-    "paged_attention_tpu",
-    "unsupported_reason",
-    "vmem_bytes",
-]
+__all__ = ["paged_attention_tpu", "unsupported_reason"]

@@ -15,8 +15,9 @@ class PagedAttentionError(ValueError):
 class KVPages(NamedTuple):
     """One layer's keys and values, a token of all KV heads a row.
 
-    float32 or bfloat16, or int8 with scales: value = integer · scale, symmetric, one scale for each token and head.
-    Rows may be wider than their heads, which stand first, with zeros after them; `tpu.page_width` is what a TPU wants.
+    float32, bfloat16 or float16, or int8 with scales: value = integer · scale, symmetric, one scale for each token and
+    head. Rows may be wider than their heads, which stand first, with zeros after them; `tpu_tiles.page_width` is what a
+    TPU wants.
     """
 
     k: Array  # [num_pages, page_size, num_kv_heads * head_dim or more]

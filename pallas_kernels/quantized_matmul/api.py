@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.chips import Chip, UnknownChipError, capability_of, chip_named, chip_of
+from pallas_kernels.chips import Chip, UnknownChipError, limits_of
 from pallas_kernels.quantized_matmul import gpu, tpu
 from pallas_kernels.quantized_matmul.gpu import GpuTiles
 from pallas_kernels.quantized_matmul.reference import GATES, quantized_matmul_reference
@@ -102,7 +102,7 @@ def quantized_matmul(
         reason = unsupported_reason(chosen, x, weight, activation_group_size=activation_group_size)
         if reason is not None:
             raise UnsupportedError(f"quantized_matmul: {reason}; backend='reference' takes it")
-        found = _chip_here() if chip is None else chip
+        found = limits_of(jax.devices()[0]) if chip is None else chip
         if found.platform != chosen or not isinstance(tiles, (TpuTiles if chosen == "tpu" else GpuTiles) | None):
             raise ValueError(
                 f"quantized_matmul: backend {chosen!r} on {found.name} with tiles {tiles}: not of one kind"
@@ -117,21 +117,9 @@ def quantized_matmul(
     return y.reshape(*x.shape[:-1], n)
 
 
-def _chip_here() -> Chip:
-    """That of JAX's default device; of a GPU that is not in the table, one of its compute capability."""
-    device = jax.devices()[0]
-    try:
-        return chip_of(device)
-    except UnknownChipError:
-        capability = capability_of(device)
-        if capability is None:
-            raise
-        return chip_named(f"sm{capability}")
-
-
 def _default_backend(x: jax.Array, weight: QuantizedWeight, activation_group_size: int | None) -> Backend:
     try:
-        chip = _chip_here()
+        chip = limits_of(jax.devices()[0])
     except UnknownChipError:
         return "reference"
     if unsupported_reason(chip.platform, x, weight, activation_group_size=activation_group_size) is not None:

@@ -1,4 +1,4 @@
-"""y = x · wᵀ for a weight of int4 or int8 in rows, a Triton kernel for NVIDIA GPUs from sm75 on.
+"""y = x · wᵀ for a weight of int4 or int8 in rows, a Triton kernel for the NVIDIA GPUs of `chips`, from sm75 on.
 
 A program computes a tile [block_m, block_n] of y over K in steps of block_k. Of two 4-bit integers in a byte the low
 one belongs to an even input and the high one to an odd, so each half is multiplied with its half of x, and no element

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from pallas_kernels.chips import CHIPS, UnknownChipError, capability_of, chip_named, chip_of
+from pallas_kernels.chips import CHIPS, UnknownChipError, capability_of, chip_named, chip_of, limits_of
 
 
 def device(platform: str, kind: str, capability: str | None = None) -> Any:
@@ -52,6 +52,15 @@ def test_devices_are_recognized(found: Any, name: str) -> None:
 def test_no_device_is_taken_for_another(found: Any) -> None:
     with pytest.raises(UnknownChipError, match=f"device '{found.device_kind}'.*v5e \\(TPU v5 lite\\)"):
         chip_of(found)
+
+
+def test_limits_of_gpus_whose_speed_is_not_known() -> None:
+    assert limits_of(device("gpu", "NVIDIA A10G", "8.6")).name == "a10"
+    assert limits_of(device("gpu", "Tesla T4", "7.5")).name == "t4"
+    for kind, capability in (("NVIDIA GeForce RTX 5090", "12.0"), ("Tesla V100-SXM2-16GB", "7.0")):
+        words = f"device '{kind}': compute capability {capability}, kernels are for 7.5, 8.0, 8.6, 8.9, 9.0, 10.0"
+        with pytest.raises(UnknownChipError, match=f"^{words}$"):
+            limits_of(device("gpu", kind, capability))
 
 
 def test_the_cpu_is_no_chip() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import KVPages, PagedAttentionError, Sizes, paged_attention, unsupported_reason
 from pallas_kernels.paged_attention.arg_specs import SPECS, ArgSpec, random_arguments
-from pallas_kernels.paged_attention.tpu import Config, choose_config, page_width, vmem_bytes
+from pallas_kernels.paged_attention.tpu_tiles import Config, choose_config, page_width, vmem_bytes
 
 SMALL = ArgSpec(
     name="small",
@@ -252,6 +252,8 @@ def test_published_models_are_supported(spec: ArgSpec) -> None:
     ("change", "words"),
     [
         ({"head_dim": 72}, "head_dim 72"),
+        ({"dtype": "float16"}, "queries are float16"),
+        ({"page_dtype": "float16"}, "pages are float16"),
         ({"page_size": 12}, "page_size 12 is no multiple of 8"),
         ({"page_size": 64, "page_dtype": "int8"}, "page_size 64 is no multiple of 128"),
         ({"num_seqs": 4096, "seq_len": 16384}, "KiB of SMEM"),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmir_jax.libtpu_environment import ENVIRONMENT
 from pallas_kernels.chips import chip_named
 from pallas_kernels.quantized_matmul import (
     QuantizedWeight,
@@ -192,7 +193,7 @@ def test_every_shape_compiles_for_tpus(topology: str) -> None:
     """By Mosaic and libtpu, within the VMEM that the model of tiles gives."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "compile_quantized_matmul.py"), topology],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

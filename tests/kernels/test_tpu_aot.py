@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llmir_jax.libtpu_environment import ENVIRONMENT
+
 GENERATIONS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
 
 pytestmark = [
@@ -20,7 +22,7 @@ pytestmark = [
 
 def compiled(script: str, *args: str) -> str:
     """What a script beside this file prints, in a process of its own: libtpu logs, and is one process's at a time."""
-    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = os.environ | ENVIRONMENT
     path = Path(__file__).with_name(script)
     done = subprocess.run([sys.executable, path, *args], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmir_jax.libtpu_environment import ENVIRONMENT
+
 PROGRAM = Path(__file__).parent / "tpu_layouts.py"
 
 
@@ -18,7 +20,7 @@ def test_columns_are_read_once_and_never_unpacked() -> None:
     """The reason for `hardware_specific_quantization.LAYOUTS["tpu"]`."""
     done = subprocess.run(
         [sys.executable, str(PROGRAM)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmir_jax.errors import LlmirError
+from llmir_jax.libtpu_environment import ENVIRONMENT
 from llmir_jax.targets.tpu_aot import compile_for_tpu
 
 pytestmark = [
@@ -31,7 +32,7 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "name"), CASES, ids=str)
 def test_compiled(topology: str, name: str) -> None:
-    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = os.environ | ENVIRONMENT
     script = Path(__file__).with_name("compile_derived_steps.py")
     done = subprocess.run(
         [sys.executable, script, topology, name], env=env, capture_output=True, text=True, timeout=900
