@@ -65,7 +65,7 @@ def vmem_bytes(sizes: Sizes, config: Config) -> int:
     ends = 2 * 2 * config.tile * groups * rows * lanes * 4  # queries and results
     running = groups * queries * (lanes + 2 * LANES) * 4
     scores = 6 * queries * max(keys, LANES) * 4
-    operands = 2 * keys * lanes * 4
+    operands = (2 * keys + 4 * queries) * lanes * 4  # keys, values; queries, products, old sums and new
     scales = 0
     if sizes.page_dtype == jnp.int8:
         kv_rows = round_up(sizes.num_kv_heads, SUBLANES)
