@@ -32,8 +32,6 @@ bench: $(VENV)/.installed
 	@$(BENCH) -q int4 --baseline openvino:int8 --batch 16,64 --sampled --startup
 	@echo
 	@$(BENCH) -q int8
-	@echo
-	@$(BENCH) -q w8a8
 
 # On a machine with an NVIDIA GPU, with Python 3.12 or later: are its kernels right, how fast are they, and models with them.
 # In an environment of its own, since jax-triton wants JAX 0.11. GPU_CHECK=--dry-run goes through it without a GPU.

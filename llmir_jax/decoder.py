@@ -153,7 +153,7 @@ class Decoder:
                 of activations. The model is in memory as floats meanwhile.
             kv_cache: what keys and values are kept as: "int8" or "int4", integers with a scale for each token and head;
                 "float32", "bfloat16" or "float16". None for the floats that the model computes, or, where `quantize`
-                leaves activations to the target as "int4" does, what that takes: on a CPU float16.
+                leaves activations to the target as "int8" and "int4" do, what that takes: on a CPU float16.
             burst: seconds that the tokens of one call of the device may take while all requests decode, so that they
                 come several at a time; 0 for one at a time. No token depends on it.
             mesh: devices to share the work: a `jax.sharding.Mesh` with axes of `sharding.AXES`, or their sizes such as

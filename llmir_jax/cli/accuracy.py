@@ -22,7 +22,7 @@ ROUNDINGS = ("gptq", "mse", "percentile", "min-max")
 """Ways to round weights, of `llmir.Calibration`."""
 SCHEMES = (
     FLOAT,
-    *("int8", "int4", "w4a16", "w8a8"),
+    *("int8", "int4", "w8a16", "w4a16", "w8a8"),
     *("int8-channel", "int4-g64", "int4-g32", "int4-g32-zp", "int4-g32-min"),
     *(f"{KV_CACHE}{name}" for name in ("int8", "int4", "float16")),
 )

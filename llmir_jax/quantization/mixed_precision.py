@@ -28,7 +28,7 @@ DEFAULT_CANDIDATES: tuple[str | Scheme, ...] = (
     Scheme(bits=4, group_size=128, adapts=True),
     Scheme(bits=4, group_size=64, adapts=True),
     PRESETS["w4a16"],
-    PRESETS["int8"],
+    PRESETS["w8a16"],
 )
 _BUDGETS = ("bits_per_weight", "megabytes", "kl")
 

@@ -19,7 +19,7 @@ _NAME = re.compile(
     r"(-(?P<scale>f16|bf16|f32))?(-a8(-g(?P<a_group>[1-9]\d{0,5}))?(?P<static>-static)?|(?P<auto>-auto))?"
 )
 FORMS = (
-    "'int8', 'int4', 'w4a16', 'w8a8', 'w4a8', or spelled out: int8 or int4, then -channel, -tensor or -g<group size>, "
+    "'int8', 'int4', 'w8a16', 'w4a16', 'w8a8', 'w4a8', or spelled out: int8 or int4, then -channel, -tensor or -g<group size>, "
     "then -zp or -min for an asymmetric one, then -f16, -bf16 or -f32 for the scales, then -a8 or -a8-g<group size> "
     "for int8 activations, and -static for scales of these from calibration, or -auto for activations as the "
     "target takes them ('int8-channel', 'int4-g64', 'int4-g32-min', 'int8-g32-a8-g32')"
@@ -142,7 +142,7 @@ class Scheme:
     def for_target(self, target: str | None, num_inputs: int) -> "Scheme":
         """With the activations that `target` takes where that is left to it, for a matrix of so many inputs.
 
-        Native code of a CPU multiplies int4 with int8 several times faster than with floats: there, activations are
+        Native code of a CPU multiplies integers with int8 several times faster than with floats: there, activations are
         rounded in groups of 32. Elsewhere they stay floats.
         """
         if not self.auto_activations:
@@ -209,8 +209,9 @@ class Scheme:
 _INT8 = Scheme(bits=8, group_size=64, adapts=True, keeps_blocks=True)
 _INT4 = Scheme(bits=4, group_size=32, kind="minimum", adapts=True, keeps_blocks=True)
 PRESETS: Mapping[str, Scheme] = {
-    "int8": _INT8,
+    "int8": replace(_INT8, auto_activations=True),
     "int4": replace(_INT4, auto_activations=True),
+    "w8a16": _INT8,
     "w4a16": _INT4,
     # Activations have outliers: a scale a token costs ten times the error of a scale for 32 channels.
     "w8a8": replace(_INT8, group_size=32, activations="int8", activation_group_size=32),

@@ -58,8 +58,9 @@ def test_spelled_out_names(name: str, expected: dict[str, Any]) -> None:
 
 def test_presets() -> None:
     assert {name: scheme.name for name, scheme in PRESETS.items()} == {
-        "int8": "int8-g64-f16",
+        "int8": "int8-g64-f16-auto",
         "int4": "int4-g32-min-f16-auto",
+        "w8a16": "int8-g64-f16",
         "w4a16": "int4-g32-min-f16",
         "w8a8": "int8-g32-f16-a8-g32",
         "w4a8": "int4-g32-min-f16-a8-g32",
@@ -78,7 +79,7 @@ def test_presets() -> None:
     ],
 )
 def test_unknown_names_are_refused(name: Any) -> None:
-    with pytest.raises(LlmirError, match=r"quantize: .*'int8', 'int4', 'w4a16', .*int4-g32-min") as caught:
+    with pytest.raises(LlmirError, match=r"quantize: .*'int8', 'int4', 'w8a16', .*int4-g32-min") as caught:
         parse_scheme(name)
     assert "\n" not in str(caught.value) and repr(name) in str(caught.value)
 
@@ -130,11 +131,15 @@ def test_presets_fit_themselves(name: str, k: int, weights: int | None, activati
 
 @pytest.mark.parametrize(("k", "group"), [(576, 32), (48, 16), (20, None)])
 def test_the_target_decides_about_activations(k: int, group: int | None) -> None:
-    scheme = parse_scheme("int4").fitted((5, k), name="w")
-    native = scheme.for_target("cpu", k)
-    assert native == parse_scheme("w4a8").fitted((5, k), name="w") and native.activation_group_size == group
-    assert scheme.for_target("reference", k) == parse_scheme("w4a16").fitted((5, k), name="w")
-    assert scheme.weight_format == native.weight_format
+    for name, floats in (("int4", "w4a16"), ("int8", "w8a16")):
+        scheme = parse_scheme(name).fitted((5, k), name="w")
+        native = scheme.for_target("cpu", k)
+        assert native.activations == "int8" and native.activation_group_size == group
+        assert scheme.for_target("reference", k) == parse_scheme(floats).fitted((5, k), name="w")
+        assert scheme.weight_format == native.weight_format
+    assert parse_scheme("int4").fitted((5, k), name="w").for_target("cpu", k) == parse_scheme("w4a8").fitted(
+        (5, k), name="w"
+    )
     other = parse_scheme("int4-g32")
     assert other.for_target("cpu", k) is other
 
