@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.arg_specs import ArgSpec
 from pallas_kernels.paged_attention.gpu import choose_tiles, make_launch, merge, paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.types import KVPages, Sizes
-from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from pallas_kernels.quantized_matmul import Hooks, QuantizedWeight, quantized_matmul
 from pallas_kernels.quantized_matmul import arg_specs as products
 from pallas_kernels.quantized_matmul.gpu import finish, launch_of, prepare
 
@@ -50,9 +50,9 @@ def correctness(scale: Scale, chip: Chip) -> Iterator[list[str]]:
             product.n, product.k, bits=product.bits, group_size=product.group_size, kind=product.kind,
             scale_dtype=product.scale_dtype, layout="rows", seed=1,
         )  # fmt: skip
-        group_size = product.activation_group_size
-        got = _run_product(x, weight, group_size, interpret=scale.interpret)
-        y = quantized_matmul(x, weight, activation_group_size=group_size, backend="reference")
+        hooks = Hooks(activation_group_size=product.activation_group_size)
+        got = _run_product(x, weight, hooks, interpret=scale.interpret)
+        y = quantized_matmul(x, weight, hooks, backend="reference")
         yield _row("quantized matmul", product.name, got, y, TOLERANCE[product.x_dtype])
 
 
@@ -63,17 +63,15 @@ def _row(kernel: str, shape: str, out: Any, expected: Any, tolerance: float, *, 
     return [kernel, shape, f"{error:.1e}", f"{tolerance:.0e}", verdict]
 
 
-def _run_product(x: jax.Array, weight: QuantizedWeight, group_size: int | None, *, interpret: bool) -> jax.Array:
+def _run_product(x: jax.Array, weight: QuantizedWeight, hooks: Hooks, *, interpret: bool) -> jax.Array:
     if not interpret:
-        return quantized_matmul(x, weight, activation_group_size=group_size, backend="gpu")
+        return quantized_matmul(x, weight, hooks, backend="gpu")
     from pallas_kernels.triton_host import Interpreter
 
-    kernel_x, _, x_scales = prepare(
-        x, gate=None, gate_function="silu", activation_group_size=group_size, activation_scales=None
-    )
-    launch = launch_of(kernel_x, weight, chip=chip_named("t4"), x_scales=x_scales, out_dtype=x.dtype)
+    kernel_x, hooks, x_scales = prepare(x, hooks)
+    launch = launch_of(kernel_x, weight, hooks, chip=chip_named("t4"), x_scales=x_scales, out_dtype=x.dtype)
     with Interpreter() as interpreter:
-        return finish(jnp.asarray(interpreter.run(launch)[0]), None, None, x.dtype)
+        return finish(jnp.asarray(interpreter.run(launch)[0]), hooks, x.dtype)
 
 
 def _run_attention(spec: ArgSpec, arguments: tuple[Any, ...], *, interpret: bool) -> tuple[Any, KVPages]:

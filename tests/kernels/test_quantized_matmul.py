@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from llmir_jax.libtpu_environment import ENVIRONMENT
 from pallas_kernels.chips import chip_named
 from pallas_kernels.quantized_matmul import (
+    Hooks,
     QuantizedWeight,
     TpuTiles,
     UnsupportedError,
@@ -72,8 +73,8 @@ def cases() -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(lambda form, seed: form | {"seed": seed}, forms(), SEEDS)
 
 
-def arguments(case: dict[str, Any], layout: Any) -> tuple[jax.Array, QuantizedWeight, dict[str, Any]]:
-    """x [m, k], a weight, and the rest of a call."""
+def arguments(case: dict[str, Any], layout: Any) -> tuple[jax.Array, QuantizedWeight, Hooks]:
+    """x [m, k], a weight, and what is done around their product."""
     rng = np.random.default_rng(case["seed"])
     m, n, k = case["m"], case["n"], case["k"]
 
@@ -93,7 +94,7 @@ def arguments(case: dict[str, Any], layout: Any) -> tuple[jax.Array, QuantizedWe
         rest["bias"] = floats(n)
     if case["residual"]:
         rest["residual"] = floats(m, n)
-    return floats(m, k), weight, rest
+    return floats(m, k), weight, Hooks(**rest)
 
 
 def check(case: dict[str, Any], y: jax.Array, expected: jax.Array) -> None:
@@ -112,15 +113,12 @@ def check_tpu(form: dict[str, Any], seeds: list[int]) -> None:
     """Compiles a form once, for every seed's data."""
     tiles = None if form["tile"] is None else TpuTiles(tile_m=form["tile"][0], tile_n=form["tile"][1])
     options = {"chip": chip_named(form["chip"]), "tiles": tiles, "interpret": True}
-    static = {"activation_group_size": form["activation_group_size"]}
-    static |= {"gate_function": form["gate_function"]} if form["gate_function"] else {}
-    kernel = jax.jit(functools.partial(quantized_matmul, backend="tpu", **options, **static))
-    reference = jax.jit(functools.partial(quantized_matmul, backend="reference", **static))
+    kernel = jax.jit(functools.partial(quantized_matmul, backend="tpu", **options))
+    reference = jax.jit(functools.partial(quantized_matmul, backend="reference"))
     for seed in seeds:
         case = form | {"seed": seed}
-        x, weight, rest = arguments(case, "columns")
-        arrays = {name: array for name, array in rest.items() if name not in static}
-        check(case, kernel(x, weight, **arrays), reference(x, weight, **arrays))
+        called_with = arguments(case, "columns")
+        check(case, kernel(*called_with), reference(*called_with))
 
 
 @settings(max_examples=7, deadline=None, derandomize=False)
@@ -185,9 +183,9 @@ def test_what_a_kernel_cannot_take_is_said() -> None:
     with pytest.raises(ValueError, match=r"x: expected floats \[..., 48\], got bfloat16\[2, 32\]"):
         quantized_matmul(x[:, :32], weight)
     with pytest.raises(ValueError, match=r"bias: expected \[8\], got \[7\]"):
-        quantized_matmul(x, weight, bias=jnp.ones(7))
+        quantized_matmul(x, weight, Hooks(bias=jnp.ones(7)))
     with pytest.raises(ValueError, match="gate_function must be one of silu, gelu_tanh, relu, got 'tanh'"):
-        quantized_matmul(x, weight, gate_function="tanh")
+        quantized_matmul(x, weight, Hooks(gate_function="tanh"))
 
 
 def test_tiles_that_do_not_fit_are_an_error_before_compilation() -> None:
