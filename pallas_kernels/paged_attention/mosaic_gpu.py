@@ -15,6 +15,8 @@ what another kernel wrote. XLA gathers the tiles of queries and, as for the Trit
 
 Slots beyond a sequence's length may hold anything, NaN too: their scores are masked, and their values, which a weight
 of 0 does not hide, are overwritten with zeros in the ring. Pages are floats of 16 bits, the dtype of the queries.
+
+It has run in JAX's interpreter, and been compiled to machine code, but on no GPU: how fast it is nobody knows.
 """
 
 import functools

@@ -1,7 +1,14 @@
 """Paged attention through Mosaic GPU: interpreted against the reference, and lowered for CUDA, with no GPU."""
 
 import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +37,11 @@ from pallas_kernels.tiles import TileError
 H100 = chip_named("h100")
 needs_jax = pytest.mark.skipif(
     jax.__version_info__ < LEAST_JAX, reason=f"needs the Mosaic GPU of JAX {'.'.join(map(str, LEAST_JAX))}"
+)
+HAS_COMPILER = (
+    importlib.util.find_spec("jax_plugins") is not None
+    and importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    and all(map(shutil.which, ("cc", "ptxas")))
 )
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = ArgSpec(
@@ -129,6 +141,32 @@ def test_is_lowered_for_cuda_within_the_shared_memory_of_the_model(spec: ArgSpec
 
     lowered = jax.jit(step, donate_argnums=3).trace(*spec.structs()).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+
+
+@needs_jax
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs JAX's CUDA plugin (jax[cuda12]), ptxas and a C compiler; no GPU")
+def test_compiles_to_machine_code_without_spilling(tmp_path: Path) -> None:
+    folder = Path(__file__).parent
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", folder / "cuda_stub.c"], check=True)
+    done = subprocess.run(
+        [sys.executable, folder / "compile_mosaic_gpu.py"],
+        env=os.environ
+        | {
+            "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    (count,) = re.findall(r"^(\d+) kernels$", said, re.MULTILINE)
+    assert int(count) >= 4
+    assert said.count("Compiling entry function") == said.count("for 'sm_90a'") == int(count)
+    assert re.findall(r"(\d+) bytes spill stores", said) == ["0"] * int(count)
 
 
 def test_tiles_fill_products_and_occupy_the_chip() -> None:
