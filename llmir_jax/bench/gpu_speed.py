@@ -6,6 +6,8 @@ Times are of a loop on the device, so that starting a program does not count: me
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -20,8 +22,8 @@ from pallas_kernels.paged_attention.arg_specs import ArgSpec
 from pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.types import KVPages, Sizes
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 from pallas_kernels.quantized_matmul import arg_specs as products
-from pallas_kernels.quantized_matmul import quantized_matmul
 
 LOOPS = 5
 TERA = 1e12
@@ -151,12 +153,18 @@ def _matmul_seconds(scale: Scale, m: int, dtype: str) -> float:
     return _in_turn(scale, lambda x, weight: x @ weight, x, weight)
 
 
-def _product_seconds(scale: Scale, spec: products.ArgSpec) -> tuple[float, int]:
-    """Of one product, and the bytes that it reads and writes."""
-    weight = products.random_weight(
+@lru_cache(maxsize=1)
+def _weight(spec: products.ArgSpec) -> QuantizedWeight:
+    """Kept for the next number of rows: of a large matrix random numbers take seconds."""
+    return products.random_weight(
         spec.n, spec.k, bits=spec.bits, group_size=spec.group_size, kind=spec.kind, scale_dtype=spec.scale_dtype,
         layout="rows", seed=1,
     )  # fmt: skip
+
+
+def _product_seconds(scale: Scale, spec: products.ArgSpec) -> tuple[float, int]:
+    """Of one product, and the bytes that it reads and writes."""
+    weight = _weight(replace(spec, m=1))
     x = jnp.ones((spec.m, spec.k), spec.x_dtype)
     backend: Literal["reference", "gpu"] = "reference" if scale.interpret else "gpu"
     taken = _in_turn(scale, lambda x, weight: quantized_matmul(x, weight, backend=backend), x, weight)
