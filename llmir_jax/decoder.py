@@ -144,7 +144,7 @@ class Decoder:
             eos_token_ids: tokens that end a request; None for those the tokenizer names, if any.
             target: "cpu", "gpu" or "tpu", the platform that JAX runs on, or "reference"; None for what there is. On a
                 CPU the step is native code where it can be, on TPUs and GPUs kernels are called; the report says why
-                not where it is not so.
+                not where it is not so. "gpu-mosaic" is "gpu" with attention by Mosaic GPU in place of Triton.
             interpret: with target="tpu", run its kernels interpreted on the platform there is: slow, to check what a
                 TPU would compute.
             quantize: what weights become: "int8", "int4", another scheme, or rules by the path of the parameter (see

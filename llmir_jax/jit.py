@@ -29,7 +29,7 @@ from llmir_jax.trace import (
     trace_flat,
 )
 
-TARGETS = ("cpu", "gpu", "tpu", "reference")
+TARGETS = ("cpu", "gpu", "gpu-mosaic", "tpu", "reference")
 STAGES = ("stablehlo", "llm", "target")
 _OPTIONS = ("quantize", "mesh", "target")
 
@@ -70,7 +70,7 @@ def jit(
             (see `sharding`). A direct call computes where its arguments are.
         target: of a decoder: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version
             the CPU has native code, TPUs and NVIDIA GPUs have kernels, and what has none runs as its reference
-            decomposition, compiled by XLA.
+            decomposition, compiled by XLA. "gpu-mosaic" is "gpu" with another kernel of attention, for an H100.
 
     Returns:
         A `Jitted`, or without ``fn`` a decorator that makes one.

@@ -12,6 +12,9 @@ from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
 from pallas_kernels.chips import Chip, chip_of
 
+GPU = ("gpu", "gpu-mosaic")
+"""Targets of an NVIDIA GPU: with Triton's kernel of attention, or with that of Pallas through Mosaic GPU."""
+
 
 def check_target(target: str | None, interpret: bool) -> str:
     """The platform that the decoder runs on. Raises LlmirError for a target that cannot be served there."""
@@ -20,7 +23,7 @@ def check_target(target: str | None, interpret: bool) -> str:
         raise LlmirError(f"decoder: interpret=True is of the kernels of target='tpu', got target={target!r}")
     if interpret:
         return platform
-    if target not in (None, "reference", platform) and not (target == "gpu" and platform in ("cuda", "rocm")):
+    if target not in (None, "reference", platform) and not (target in GPU and platform in ("gpu", "cuda", "rocm")):
         raise LlmirError(
             f"decoder: target={target!r}, but JAX runs on {platform!r} here: leave target out, or set JAX_PLATFORMS"
         )
@@ -53,10 +56,10 @@ class TargetChoice:
             chip = chip_of(jax.devices()[0]).name if platform == "tpu" else LowerToTpuPass.chip
             kernels = LowerToTpuPass(interpret=interpret, chip=chip)
             return TargetChoice(platform=platform, native=False, layout="tpu", kernels=kernels, notes=())
-        if platform == "gpu" and target in (None, "gpu"):
+        if platform == "gpu" and target in (None, *GPU):
             gpu = kernels_for(jax.devices()[0])
             if isinstance(gpu, Chip):
-                own = LowerToGpuPass(chip=gpu.name)
+                own = LowerToGpuPass(chip=gpu.name, attention="mosaic_gpu" if target == "gpu-mosaic" else "triton")
                 return TargetChoice(platform=platform, native=False, layout="gpu", kernels=own, notes=())
             notes = (f"no kernels for the GPU: {gpu}",)
             return TargetChoice(platform=platform, native=False, layout="gpu-reference", kernels=None, notes=notes)

@@ -1,8 +1,10 @@
 """Fixtures that several folders of tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 import llmir_jax as llmir
@@ -11,6 +13,19 @@ from llmir_jax.checkpoint.smollm2 import fetch_smollm2
 from llmir_jax.disk_cache import NO_CACHE
 
 os.environ.setdefault(NO_CACHE, "1")  # a test is of what is compiled now; those of the cache say so themselves
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """XLA optimizes little: kernels in an interpreter are large programs that run once or a few times, on little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

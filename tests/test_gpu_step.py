@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -15,8 +16,11 @@ from llmir_jax.dialects import llm
 from llmir_jax.errors import InvalidIRError
 from llmir_jax.models.llama import Llama, LlamaConfig
 from llmir_jax.pipeline import text_of
+from llmir_jax.target_choice import TargetChoice
 from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
+from pallas_kernels.chips import chip_named
+from pallas_kernels.paged_attention.mosaic_gpu import LEAST_JAX
 
 needs_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("jax_cuda12_plugin") is None,
@@ -60,6 +64,39 @@ def test_both_layers_call_the_kernel() -> None:
     assert "llm." not in text.replace("llmir.", "")
     pages = [main_function(module).body.block.args[index].type for index in served]
     assert {str(kind) for kind in pages} == {"tensor<16x16x32xbf16>"}
+
+
+@pytest.mark.skipif(jax.__version_info__ < LEAST_JAX, reason="needs the Mosaic GPU of a later JAX")
+def test_attention_by_mosaic_gpu_where_it_is_asked_for() -> None:
+    module = derived(replace(CONFIG, head_dim=64))
+    lower = LowerToGpuPass(max_tokens=16, chip="h100", attention="mosaic_gpu")
+    assert lower.unserved(module) == {}
+    assert lower.titles()["llm.attend_pages"].startswith("the Mosaic GPU kernel of ragged paged attention, for h100")
+    SpecializeTokensPass(tokens=16).apply(Context(), module)
+    lower.apply(Context(), module)
+    module.verify()
+    text = text_of(module)
+    assert text.count("@mosaic_gpu_v2") == 2  # one has a window
+    assert "@triton_kernel_call_ffi" not in text
+
+
+def test_mosaic_gpu_is_for_what_it_is_sound_for() -> None:
+    module = derived()
+    triton, mosaic = (LowerToGpuPass(max_tokens=16, chip="b200", attention=name) for name in ("triton", "mosaic_gpu"))
+    assert triton.key != mosaic.key
+    (reason,) = mosaic.unserved(module)["llm.attend_pages"]
+    assert reason == "b200 is of compute capability 10.0, Mosaic GPU's kernel is for 9.0"
+    with pytest.raises(InvalidIRError, match="attention must be triton or mosaic_gpu, got 'cudnn'"):
+        LowerToGpuPass(max_tokens=16, attention="cudnn").unserved(module)
+
+
+@pytest.mark.parametrize(("target", "attention"), [(None, "triton"), ("gpu", "triton"), ("gpu-mosaic", "mosaic_gpu")])
+def test_the_target_chooses_the_kernel_of_attention(
+    target: str | None, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmir_jax.target_choice.kernels_for", lambda device: chip_named("h100"))
+    choice = TargetChoice.of(target, platform="gpu", interpret=False, on_mesh=False)
+    assert choice.kernels == LowerToGpuPass(chip="h100", attention=attention)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_options_are_checked() -> None:
         llmir.jit(quantize="int5")
     with pytest.raises(LlmirError, match="mesh: there is no axis 'x'; the axes are data, "):
         llmir.jit(plain, mesh=jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)))
-    with pytest.raises(LlmirError, match=r"target must be one of cpu, gpu, tpu, reference, .* got 'npu'"):
+    with pytest.raises(LlmirError, match=r"target must be one of cpu, gpu, gpu-mosaic, tpu, reference, .* got 'npu'"):
         llmir.jit(target="npu")
     for target in (None, "cpu", "gpu", "tpu", "reference"):
         assert_close(llmir.jit(target=target)(plain)(params(), TOKENS), plain(params(), TOKENS))

@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16")
 PAGE_SIZE = 16  # tokens
 MIN_SEQ_LEN = 512  # tokens a sequence; lengths are powers of two from here on, so that few programs are compiled
-TARGETS = ("cpu", "gpu", "tpu", "reference")  # of `llmir.jit`
+TARGETS = ("cpu", "gpu", "gpu-mosaic", "tpu", "reference")  # of `llmir.jit`
 XLA_CACHE_BYTES = 2 << 30  # what is used least goes first
 
 COUNT = click.IntRange(min=1)

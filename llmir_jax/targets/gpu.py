@@ -1,4 +1,4 @@
-"""What the GPU target has kernels for: Triton's, which jax-triton brings into a JAX program."""
+"""What the GPU target has kernels for: Triton's, which jax-triton brings into a JAX program, and one of Mosaic GPU."""
 
 import importlib.util
 from functools import partial
@@ -7,12 +7,19 @@ import jax
 
 from llmir_jax.targets.paged_kernels import PagedKernel
 from pallas_kernels.chips import Chip, UnknownChipError, limits_of
+from pallas_kernels.paged_attention import mosaic_gpu
 from pallas_kernels.paged_attention.gpu import paged_attention_gpu, tiles_reason, unsupported_reason
 from pallas_kernels.paged_attention.types import Sizes
 
 
-def paged_kernel(chip: Chip) -> PagedKernel:
-    """Ragged paged attention by Triton, for a chip."""
+def paged_kernel(chip: Chip, attention: str = "triton") -> PagedKernel:
+    """Ragged paged attention for a chip, by "triton" or "mosaic_gpu"."""
+    if attention == "mosaic_gpu":
+        return PagedKernel(
+            run=partial(mosaic_gpu.paged_attention_mosaic_gpu, chip=chip),
+            page_width=lambda num_kv_heads, head_dim: num_kv_heads * head_dim,
+            unsupported_reason=partial(mosaic_gpu.chip_reason, chip=chip),
+        )
 
     def reason(sizes: Sizes) -> str | None:
         return unsupported_reason(sizes) or tiles_reason(sizes, chip)

@@ -12,7 +12,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.llm.common import optional_int_of
 from llmir_jax.targets.reference import Reference
 from pallas_kernels.chips import Chip
-from pallas_kernels.quantized_matmul import quantized_matmul, unsupported_reason
+from pallas_kernels.quantized_matmul import Hooks, quantized_matmul, unsupported_reason
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 from pallas_kernels.tiles import TileError
 
@@ -52,8 +52,7 @@ def matmul_kernel(op: llm.QuantizedMatmulOp, chip: Chip, interpret: bool) -> Ref
         return quantized_matmul(
             x,
             weight,
-            activation_group_size=group_size,
-            activation_scales=scales,
+            Hooks(activation_group_size=group_size, activation_scales=scales),
             out_dtype=dtype,
             backend=chip.platform,
             chip=chip,

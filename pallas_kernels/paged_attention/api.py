@@ -3,7 +3,7 @@
 import math
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,7 +11,8 @@ from jax import Array
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.types import KVPages, Masking, PagedAttentionError, RaggedBatch, Sizes
 
-Backend = Literal["reference", "tpu", "gpu"]
+Backend = Literal["reference", "tpu", "gpu", "mosaic_gpu"]
+"""Plain JAX, Pallas on TPUs, Triton on GPUs, and Pallas through Mosaic GPU, on those of compute capability 9.0."""
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 PAGE_DTYPES = (*FLOAT_DTYPES, "int8")
 
@@ -45,7 +46,8 @@ def paged_attention(
         softcap: scores become softcap · tanh(score / softcap).
         slopes: float32 [H], added to scores times (key position − query position): ALiBi.
         backend: which kernel; see `unsupported_reason` for whether it takes these arguments.
-        options: of the backend: see `tpu.paged_attention_tpu`.
+        options: of the backend: see `tpu.paged_attention_tpu`, `gpu.paged_attention_gpu` and
+            `mosaic_gpu.paged_attention_mosaic_gpu`.
 
     Returns:
         [T, H, D] of q's dtype, and the new pages.
@@ -55,8 +57,8 @@ def paged_attention(
     """
     sizes = check_arguments(q, k, v, pages, batch, scale=scale, window=window, softcap=softcap, slopes=slopes)
     masking = Masking(scale=scale, causal=causal, window=window, softcap=softcap)
-    if backend not in ("reference", "tpu", "gpu"):
-        raise PagedAttentionError(f"backend: expected one of reference, tpu, gpu, got {backend!r}")
+    if backend not in get_args(Backend):
+        raise PagedAttentionError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     if (reason := unsupported_reason(sizes, backend)) is not None:
         raise PagedAttentionError(f"paged_attention on {backend}: {reason}; use backend='reference'")
     if backend == "reference":

@@ -108,7 +108,7 @@ def choose_tiles(sizes: Sizes, chip: Chip) -> Tiles:
         chip,
         "use a smaller head_dim or 16-bit numbers",
     )
-    return replace(tiles, splits=_num_splits(tiles, sizes, chip))
+    return replace(tiles, splits=num_splits(tiles.block_q, sizes, chip))
 
 
 def tiles_reason(sizes: Sizes, chip: Chip) -> str | None:
@@ -136,7 +136,7 @@ def make_launch(
     sizes = Sizes.of(q, k, pages, batch)
     structs = isinstance(q, jax.ShapeDtypeStruct)
     plan = jax.eval_shape if structs else lambda fn, arg: fn(arg)
-    starts = plan(lambda batch: _tile_table(batch, sizes, tiles.block_q), batch)
+    starts = plan(lambda batch: tile_table(batch, sizes, tiles.block_q), batch)
     is_quantized, is_split = pages.k_scales is not None, tiles.splits > 1
     shape = (tiles.splits, sizes.num_tokens, sizes.num_heads)
     out = jax.ShapeDtypeStruct((*shape, sizes.head_dim), jnp.float32 if is_split else q.dtype)
@@ -221,7 +221,7 @@ def paged_attention_gpu(
     return merge(call(launch, capability=chip.capability), batch, q.dtype, len(launch.updated))
 
 
-def _tile_table(batch: RaggedBatch, sizes: Sizes, block_q: int) -> Array:
+def tile_table(batch: RaggedBatch, sizes: Sizes, block_q: int) -> Array:
     """int32 [tiles, 8]: first row, rows (0 for a tile too many), sequence, its first row, old keys, all keys, 0, 0."""
     num_tiles = min(sizes.num_tokens, sizes.num_tokens // block_q + sizes.num_seqs)
     per_seq = -(-batch.query_lens // block_q)
@@ -237,10 +237,10 @@ def _tile_table(batch: RaggedBatch, sizes: Sizes, block_q: int) -> Array:
     return jnp.stack([column.astype(jnp.int32) for column in columns], axis=1)
 
 
-def _num_splits(tiles: Tiles, sizes: Sizes, chip: Chip) -> int:
+def num_splits(block_q: int, sizes: Sizes, chip: Chip, programs_per_core: int = PROGRAMS_PER_CORE) -> int:
     """A power of two, so that a batch of few sequences occupies the chip; 1 where it does without."""
-    programs = min(sizes.num_tokens, sizes.num_tokens // tiles.block_q + sizes.num_seqs) * sizes.num_kv_heads
-    wanted = -(-PROGRAMS_PER_CORE * chip.num_cores // programs)
+    programs = min(sizes.num_tokens, sizes.num_tokens // block_q + sizes.num_seqs) * sizes.num_kv_heads
+    wanted = -(-programs_per_core * chip.num_cores // programs)
     longest = round_up(sizes.pages_per_seq * sizes.page_size, LEAST_KEYS_PER_SPLIT)
     most = max(1, longest // LEAST_KEYS_PER_SPLIT)
     return int(2 ** np.floor(np.log2(max(1, min(wanted, most)))))
@@ -255,8 +255,10 @@ __all__ = [
     "choose_tiles",
     "make_launch",
     "merge",
+    "num_splits",
     "paged_attention_gpu",
     "shared_buffers",
+    "tile_table",
     "tiles_reason",
     "unsupported_reason",
 ]

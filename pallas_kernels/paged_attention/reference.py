@@ -14,7 +14,7 @@ def paged_attention_reference(
 ) -> tuple[Array, KVPages]:
     """As `api.paged_attention`, without its checks. Scores, softmax and sums are float32."""
     seq_ids, positions, valid = rows_of(batch, q.shape[0])
-    new_pages = _write(k, v, pages, batch, seq_ids, positions, valid)
+    new_pages = write_pages(k, v, pages, batch, seq_ids, positions, valid)
     out = _attend(q, new_pages, batch, masking, slopes, seq_ids, positions, valid, num_kv_heads=k.shape[1])
     return out, new_pages
 
@@ -30,9 +30,10 @@ def rows_of(batch: RaggedBatch, num_tokens: int) -> tuple[Array, Array, Array]:
     return seq_ids, jnp.where(valid, first[seq_ids] + rows[:, 0], 0), valid
 
 
-def _write(
+def write_pages(
     k: Array, v: Array, pages: KVPages, batch: RaggedBatch, seq_ids: Array, positions: Array, valid: Array
 ) -> KVPages:
+    """The pages with new keys and values [T, Hkv, D]; the last three arguments are what `rows_of` gives."""
     num_pages, page_size, _ = pages.k.shape
     page = batch.block_tables[seq_ids, positions // page_size]
     page = jnp.where(valid, page, num_pages)  # beyond the last page: dropped

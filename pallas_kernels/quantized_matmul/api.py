@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.chips import Chip, UnknownChipError, limits_of
 from pallas_kernels.quantized_matmul import gpu, tpu
 from pallas_kernels.quantized_matmul.gpu import GpuTiles
+from pallas_kernels.quantized_matmul.hooks import NOTHING, Hooks
 from pallas_kernels.quantized_matmul.reference import GATES, quantized_matmul_reference
 from pallas_kernels.quantized_matmul.tpu import TpuTiles
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
@@ -43,13 +44,8 @@ def unsupported_reason(
 def quantized_matmul(
     x: jax.Array,
     weight: QuantizedWeight,
+    hooks: Hooks = NOTHING,
     *,
-    gate: jax.Array | None = None,
-    gate_function: str = "silu",
-    activation_group_size: int | None = None,
-    activation_scales: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
     out_dtype: DTypeLike | None = None,
     backend: Backend | None = None,
     chip: Chip | None = None,
@@ -61,13 +57,7 @@ def quantized_matmul(
     Args:
         x: floats [..., K].
         weight: w [N, K]; in columns for the TPU kernel, in rows for the GPU kernel.
-        gate: of x's shape and dtype; x is multiplied with f of it first (f(gate) · up, then down).
-        gate_function: f, "silu", "gelu_tanh" or "relu".
-        activation_group_size: round x to 8 bits, so many of its elements along K by their largest value (K: each row);
-            None: x stays as it is.
-        activation_scales: float32 [K / activation_group_size], in place of the largest values, for every row.
-        bias: floats [N].
-        residual: floats [..., N].
+        hooks: gate and its function f, bias, residual, and whether x is rounded to 8 bits.
         out_dtype: of y, x's by default.
         backend: "tpu", "gpu" (which needs the gpu extra) or "reference"; by default the kernel of JAX's default device,
             and where it has none that takes these, the reference.
@@ -82,22 +72,15 @@ def quantized_matmul(
         UnknownChipError: a kernel is asked for on a device that is not in the table of chips, without `chip`.
         ImportError: "gpu" without jax-triton.
     """
-    _check(x, weight, gate, gate_function, activation_group_size, activation_scales, bias, residual)
+    _check(x, weight, hooks)
+    activation_group_size = hooks.activation_group_size
     chosen = _default_backend(x, weight, activation_group_size) if backend is None else backend
     n, k = weight.shape
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     rows = x.reshape(-1, k)
-    parts = {
-        "gate": None if gate is None else gate.reshape(-1, k),
-        "gate_function": gate_function,
-        "activation_group_size": activation_group_size,
-        "activation_scales": activation_scales,
-        "bias": bias,
-        "residual": None if residual is None else residual.reshape(-1, n),
-        "out_dtype": out,
-    }
+    hooks = hooks.as_matrices(n, k)
     if chosen == "reference" or not math.prod(rows.shape):
-        y = quantized_matmul_reference(rows, weight, **parts)  # type: ignore[arg-type]
+        y = quantized_matmul_reference(rows, weight, hooks, out_dtype=out)
     elif chosen in ("tpu", "gpu"):
         reason = unsupported_reason(chosen, x, weight, activation_group_size=activation_group_size)
         if reason is not None:
@@ -109,9 +92,11 @@ def quantized_matmul(
             )
         if isinstance(tiles, GpuTiles) or chosen == "gpu":
             assert not isinstance(tiles, TpuTiles)
-            y = gpu.quantized_matmul_gpu(rows, weight, chip=found, tiles=tiles, **parts)  # type: ignore[arg-type]
+            y = gpu.quantized_matmul_gpu(rows, weight, hooks, chip=found, tiles=tiles, out_dtype=out)
         else:
-            y = tpu.quantized_matmul_tpu(rows, weight, chip=found, tiles=tiles, interpret=interpret, **parts)  # type: ignore[arg-type]
+            y = tpu.quantized_matmul_tpu(
+                rows, weight, hooks, chip=found, tiles=tiles, interpret=interpret, out_dtype=out
+            )
     else:
         raise ValueError(f"quantized_matmul: backend must be 'tpu', 'gpu' or 'reference', got {chosen!r}")
     return y.reshape(*x.shape[:-1], n)
@@ -129,16 +114,9 @@ def _default_backend(x: jax.Array, weight: QuantizedWeight, activation_group_siz
     return chip.platform
 
 
-def _check(
-    x: jax.Array,
-    weight: QuantizedWeight,
-    gate: jax.Array | None,
-    gate_function: str,
-    activation_group_size: int | None,
-    activation_scales: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-) -> None:
+def _check(x: jax.Array, weight: QuantizedWeight, hooks: Hooks) -> None:
+    gate, gate_function, bias, residual = hooks.gate, hooks.gate_function, hooks.bias, hooks.residual
+    activation_group_size, activation_scales = hooks.activation_group_size, hooks.activation_scales
     problem = weight.problem()
     if problem is not None:
         raise ValueError(f"quantized_matmul: weight: {problem}")

@@ -1,6 +1,7 @@
 """Shapes that tests and benchmarks share: the matrices of published models, and random weights for any shape."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,21 +60,23 @@ def random_weight(
     q = rng.integers(low, high, (n, k))
     groups = (n, 1 if group_size is None else k // group_size)
     scales = rng.uniform(0.5, 1.5, groups) * 2.0 ** (1 - bits) / np.sqrt(k)
-    side = {
-        "scales": jnp.asarray(scales, scale_dtype),
-        "zero_points": jnp.asarray(rng.integers(low, high, groups), jnp.int8) if kind == "zero_points" else None,
-        "minima": jnp.asarray(-scales * 2.0 ** (bits - 1), scale_dtype) if kind == "minima" else None,
-    }
-    parts = {name: part.T if part is not None and layout == "columns" else part for name, part in side.items()}
     unsigned = "u" if kind == "minima" else ""
-    values: jax.Array
-    if layout == "columns":
-        values = jnp.asarray(q.T, jnp.int8 if not unsigned else jnp.uint8).astype(f"{unsigned}int{bits}")
-    elif bits == 4:
-        values = jnp.asarray((q[:, 0::2] & 15) | ((q[:, 1::2] & 15) << 4), jnp.uint8)
-    else:
-        values = jnp.asarray(q, f"{unsigned}int8")
-    return QuantizedWeight(values=values, bits=bits, layout=layout, **parts)  # type: ignore[arg-type]
+
+    def part(values: np.ndarray[Any, Any], dtype: str) -> jax.Array:
+        # NumPy converts, for whose conversions nothing is compiled.
+        return jnp.asarray((values.T if layout == "columns" else values).astype(jnp.dtype(dtype)))
+
+    stored = f"{unsigned}int{bits}"
+    if layout == "rows" and bits == 4:
+        q, stored = (q[:, 0::2] & 15) | ((q[:, 1::2] & 15) << 4), "uint8"
+    return QuantizedWeight(
+        values=part(q, stored),
+        scales=part(scales, scale_dtype),
+        zero_points=part(rng.integers(low, high, groups), "int8") if kind == "zero_points" else None,
+        minima=part(-scales * 2.0 ** (bits - 1), scale_dtype) if kind == "minima" else None,
+        bits=bits,
+        layout=layout,
+    )
 
 
 __all__ = ["SPECS", "ArgSpec", "random_weight"]

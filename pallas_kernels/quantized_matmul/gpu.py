@@ -13,7 +13,7 @@ tiles of y are fewer than the multiprocessors, K is split among programs, whose 
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.chips import Chip
+from pallas_kernels.quantized_matmul.hooks import NOTHING, Hooks
 from pallas_kernels.quantized_matmul.reference import gated, quantize_activations
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 from pallas_kernels.tiles import Buffer, check_fits, choose
@@ -194,17 +195,17 @@ def plan_of(x: Any, weight: QuantizedWeight, *, chip: Chip, x_scales: Any = None
 def launch_of(
     x: Any,
     weight: QuantizedWeight,
+    hooks: Hooks = NOTHING,
     *,
     chip: Chip,
-    gate: Any = None,
-    gate_function: str = "silu",
     x_scales: Any = None,
-    bias: Any = None,
-    residual: Any = None,
     out_dtype: DTypeLike,
     tiles: GpuTiles | None = None,
 ) -> Launch:
-    """The launch for x [M, K], floats or int8 with `x_scales` [M, A]; its output is y [M, N], or parts [S, M, N]."""
+    """The launch for what `prepare` gives: x [M, K], floats or int8 with `x_scales` [M, A], and hooks.
+
+    Its output is y [M, N], or parts [S, M, N].
+    """
     plan = plan_of(x, weight, chip=chip, x_scales=x_scales)
     m, n, k = plan.m, plan.n, plan.k
     chosen = _choose(plan, chip, tiles)
@@ -214,13 +215,13 @@ def launch_of(
     offset = weight.zero_points if weight.minima is None else weight.minima
     ends_here = chosen.split == 1
     optional = {
-        "gate": gate,
+        "gate": hooks.gate,
         "x_scales": x_scales,
         "offset": offset,
-        "bias": bias if ends_here else None,
-        "residual": residual if ends_here else None,
+        "bias": hooks.bias if ends_here else None,
+        "residual": hooks.residual if ends_here else None,
     }
-    arrays = {"x": x, "gate": gate, "x_scales": x_scales, "values": weight.values, "scales": weight.scales}
+    arrays = {"x": x, "gate": hooks.gate, "x_scales": x_scales, "values": weight.values, "scales": weight.scales}
     arrays |= {name: optional[name] for name in ("offset", "bias", "residual")}
     shape, dtype = ((m, n), out_dtype) if ends_here else ((chosen.split, m, n), jnp.float32)
     return Launch(
@@ -237,7 +238,7 @@ def launch_of(
             "A": max(plan.num_activation_groups, 1),
             "BITS": weight.bits,
             "ZERO_POINTS": weight.zero_points is not None,
-            "FUNCTION": gate_function,
+            "FUNCTION": hooks.gate_function,
             "COMPUTE": compute,
             "VECTOR": _is_vector(m, chip),
             "SPLIT": chosen.split,
@@ -250,65 +251,45 @@ def launch_of(
     )
 
 
-def prepare(
-    x: jax.Array,
-    *,
-    gate: jax.Array | None,
-    gate_function: str,
-    activation_group_size: int | None,
-    activation_scales: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """x, the gate and the scales of x as the kernel takes them."""
+def prepare(x: jax.Array, hooks: Hooks) -> tuple[jax.Array, Hooks, jax.Array | None]:
+    """x, what is left to do, and the scales of x, as the kernel takes them."""
+    bias = None if hooks.bias is None else hooks.bias.astype(jnp.float32)
+    hooks = replace(hooks, bias=bias)
     # Of many rows a gate would be computed again for every tile of columns; rounding needs all of a group before.
-    if gate is not None and (activation_group_size is not None or x.shape[0] > 64):
-        x, gate = gated(x, gate, gate_function), None
-    if activation_group_size is None:
-        return x, gate, None
-    q, scales = quantize_activations(x, activation_group_size, activation_scales)
-    return q, gate, scales
+    if hooks.gate is not None and (hooks.activation_group_size is not None or x.shape[0] > 64):
+        x, hooks = gated(x, hooks.gate, hooks.gate_function), replace(hooks, gate=None)
+    if hooks.activation_group_size is None:
+        return x, hooks, None
+    q, scales = quantize_activations(x, hooks.activation_group_size, hooks.activation_scales)
+    return q, hooks, scales
 
 
-def finish(y: jax.Array, bias: jax.Array | None, residual: jax.Array | None, out_dtype: DTypeLike) -> jax.Array:
+def finish(y: jax.Array, hooks: Hooks, out_dtype: DTypeLike) -> jax.Array:
     """The result [M, N] of what the kernel made: itself, or of parts [S, M, N] their sum and what is added."""
     if y.ndim == 2:
         return y
     total = y.sum(0)
-    if bias is not None:
-        total += bias.astype(jnp.float32)
-    if residual is not None:
-        total += residual.astype(jnp.float32)
+    if hooks.bias is not None:
+        total += hooks.bias.astype(jnp.float32)
+    if hooks.residual is not None:
+        total += hooks.residual.astype(jnp.float32)
     return total.astype(out_dtype)
 
 
 def quantized_matmul_gpu(
     x: jax.Array,
     weight: QuantizedWeight,
+    hooks: Hooks,
     *,
     chip: Chip,
-    gate: jax.Array | None,
-    gate_function: str,
-    activation_group_size: int | None,
-    activation_scales: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
     out_dtype: jnp.dtype,
     tiles: GpuTiles | None = None,
 ) -> jax.Array:
     """y [M, N] of x [M, K]; see `quantized_matmul`. Raises TileError where tiles do not fit `chip`'s shared memory."""
-    x, gate, x_scales = prepare(
-        x,
-        gate=gate,
-        gate_function=gate_function,
-        activation_group_size=activation_group_size,
-        activation_scales=activation_scales,
-    )
-    bias = None if bias is None else bias.astype(jnp.float32)
-    launch = launch_of(
-        x, weight, chip=chip, gate=gate, gate_function=gate_function, x_scales=x_scales, bias=bias, residual=residual,
-        out_dtype=out_dtype, tiles=tiles,
-    )  # fmt: skip
+    x, hooks, x_scales = prepare(x, hooks)
+    launch = launch_of(x, weight, hooks, chip=chip, x_scales=x_scales, out_dtype=out_dtype, tiles=tiles)
     assert chip.capability is not None
-    return finish(call(launch, capability=chip.capability)[0], bias, residual, out_dtype)
+    return finish(call(launch, capability=chip.capability)[0], hooks, out_dtype)
 
 
 __all__ = [

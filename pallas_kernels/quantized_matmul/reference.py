@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.quantized_matmul.hooks import Hooks
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 
 GATES: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
@@ -45,27 +46,22 @@ def quantize_activations(x: jax.Array, group_size: int, scales: jax.Array | None
 def quantized_matmul_reference(
     x: jax.Array,
     weight: QuantizedWeight,
+    hooks: Hooks,
     *,
-    gate: jax.Array | None,
-    gate_function: str,
-    activation_group_size: int | None,
-    activation_scales: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """y [M, N] of x [M, K]. `activation_group_size` None: activations stay floats."""
-    if gate is not None:
-        x = gated(x, gate, gate_function)
+    """y [M, N] of x [M, K]."""
+    if hooks.gate is not None:
+        x = gated(x, hooks.gate, hooks.gate_function)
     wide = x.astype(jnp.float32)
-    if activation_group_size is not None:
-        q, scales = quantize_activations(x, activation_group_size, activation_scales)
+    if hooks.activation_group_size is not None:
+        q, scales = quantize_activations(x, hooks.activation_group_size, hooks.activation_scales)
         wide = (q.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(x.shape)
     y = jnp.matmul(wide, weight.dequantize().T, precision=lax.Precision.HIGHEST)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    if residual is not None:
-        y = y + residual.astype(jnp.float32)
+    if hooks.bias is not None:
+        y = y + hooks.bias.astype(jnp.float32)
+    if hooks.residual is not None:
+        y = y + hooks.residual.astype(jnp.float32)
     return y.astype(out_dtype)
 
 

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip
+from pallas_kernels.quantized_matmul.hooks import Hooks
 from pallas_kernels.quantized_matmul.reference import gated, quantize_activations
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 from pallas_kernels.tiles import LANES, Buffer, check_fits, choose, num_bits, round_up, usable_bytes
@@ -314,19 +315,16 @@ def _bits(part: jax.Array) -> jax.Array:
 def quantized_matmul_tpu(
     x: jax.Array,
     weight: QuantizedWeight,
+    hooks: Hooks,
     *,
     chip: Chip,
-    gate: jax.Array | None,
-    gate_function: str,
-    activation_group_size: int | None,
-    activation_scales: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
     out_dtype: jnp.dtype,
     tiles: TpuTiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y [M, N] of x [M, K]; see `quantized_matmul`. Raises TileError where tiles do not fit `chip`'s VMEM."""
+    gate, gate_function, bias, residual = hooks.gate, hooks.gate_function, hooks.bias, hooks.residual
+    activation_group_size = hooks.activation_group_size
     # Of many rows a gate would be computed again for every tile of columns; rounding needs all of a group before.
     if gate is not None and (activation_group_size is not None or x.shape[0] > 64):
         x, gate = gated(x, gate, gate_function), None
@@ -334,7 +332,7 @@ def quantized_matmul_tpu(
     side: list[jax.Array] = []
     sums = x.astype(jnp.float32) if gate is None else gated(x, gate, gate_function).astype(jnp.float32)
     if activation_group_size is not None:
-        x, found = quantize_activations(x, activation_group_size, activation_scales)
+        x, found = quantize_activations(x, activation_group_size, hooks.activation_scales)
         sums = (x.reshape(*found.shape, -1) * found[:, :, None]).reshape(x.shape)
         dtype = "int8" if "int8" in chip.peak_flops else "bfloat16"
         side.append(found)

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.chips import chip_of
-from pallas_kernels.quantized_matmul import quantized_matmul, tpu
+from pallas_kernels.quantized_matmul import Hooks, quantized_matmul, tpu
 from pallas_kernels.quantized_matmul.arg_specs import SPECS, ArgSpec, random_weight
 from pallas_kernels.tiles import total_bytes
 
@@ -33,10 +33,8 @@ def compile_spec(spec: ArgSpec, device: Any) -> None:
     weight = jax.tree.map(on_device, jax.eval_shape(make))
 
     def call(x: Any, gate: Any, weight: Any, bias: Any, residual: Any) -> jax.Array:
-        return quantized_matmul(
-            x, weight, gate=gate, bias=bias, residual=residual, activation_group_size=spec.activation_group_size,
-            backend="tpu", chip=chip_of(device),
-        )  # fmt: skip
+        hooks = Hooks(gate=gate, bias=bias, residual=residual, activation_group_size=spec.activation_group_size)
+        return quantized_matmul(x, weight, hooks, backend="tpu", chip=chip_of(device))
 
     text = jax.jit(call).lower(x, x, weight, bias, residual).compile().as_text()
     assert text is not None and "tpu_custom_call" in text, spec.name

@@ -1,5 +1,6 @@
 """Quantized matmuls: the reference against NumPy, and every kernel against the reference on random inputs."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from llmir_jax.libtpu_environment import ENVIRONMENT
 from pallas_kernels.chips import chip_named
 from pallas_kernels.quantized_matmul import (
+    Hooks,
     QuantizedWeight,
     TpuTiles,
     UnsupportedError,
@@ -26,13 +28,18 @@ from pallas_kernels.quantized_matmul import (
 from pallas_kernels.quantized_matmul.arg_specs import random_weight
 from pallas_kernels.tiles import TileError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KINDS = ("symmetric", "zero_points", "minima")
 V5E = chip_named("v5e")
 
 
+DRAWS = 5
+"""Random data that a compiled form is run on."""
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of any kind: odd rows and columns, inputs in groups that do not fill a chunk."""
+def forms(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of any kind but for their data: odd rows and columns, inputs in groups that do not fill a chunk."""
     group_size = draw(st.sampled_from([None, 32, 64, 128]))
     k = draw(st.integers(1, 5)) * (group_size or 32) * draw(st.sampled_from([1, 2, 3]))
     activations = [None, None, k]
@@ -54,12 +61,20 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "residual": draw(st.booleans()),
         "tile": draw(st.sampled_from([None, (32, 128), (96, 256)])),
         "chip": draw(st.sampled_from(["v5e", "tpu7x"])),
-        "seed": draw(st.integers(0, 2**31)),
     }
 
 
-def arguments(case: dict[str, Any], layout: Any) -> tuple[jax.Array, QuantizedWeight, dict[str, Any]]:
-    """x [m, k], a weight, and the rest of a call."""
+SEEDS = st.integers(0, 2**31)
+DRAWN = st.lists(SEEDS, min_size=DRAWS, max_size=DRAWS, unique=True)
+
+
+def cases() -> st.SearchStrategy[dict[str, Any]]:
+    """Forms with a seed for their data."""
+    return st.builds(lambda form, seed: form | {"seed": seed}, forms(), SEEDS)
+
+
+def arguments(case: dict[str, Any], layout: Any) -> tuple[jax.Array, QuantizedWeight, Hooks]:
+    """x [m, k], a weight, and what is done around their product."""
     rng = np.random.default_rng(case["seed"])
     m, n, k = case["m"], case["n"], case["k"]
 
@@ -79,7 +94,7 @@ def arguments(case: dict[str, Any], layout: Any) -> tuple[jax.Array, QuantizedWe
         rest["bias"] = floats(n)
     if case["residual"]:
         rest["residual"] = floats(m, n)
-    return floats(m, k), weight, rest
+    return floats(m, k), weight, Hooks(**rest)
 
 
 def check(case: dict[str, Any], y: jax.Array, expected: jax.Array) -> None:
@@ -94,26 +109,30 @@ def check(case: dict[str, Any], y: jax.Array, expected: jax.Array) -> None:
     assert (error <= bound).all(), (case, float((error / bound).max()))
 
 
-def run_tpu(case: dict[str, Any]) -> None:
-    x, weight, rest = arguments(case, "columns")
-    tiles = None if case["tile"] is None else TpuTiles(tile_m=case["tile"][0], tile_n=case["tile"][1])
-    options = {"chip": chip_named(case["chip"]), "tiles": tiles, "interpret": True}
-    y = quantized_matmul(x, weight, backend="tpu", **options, **rest)
-    check(case, y, quantized_matmul(x, weight, backend="reference", **rest))
+def check_tpu(form: dict[str, Any], seeds: list[int]) -> None:
+    """Compiles a form once, for every seed's data."""
+    tiles = None if form["tile"] is None else TpuTiles(tile_m=form["tile"][0], tile_n=form["tile"][1])
+    options = {"chip": chip_named(form["chip"]), "tiles": tiles, "interpret": True}
+    kernel = jax.jit(functools.partial(quantized_matmul, backend="tpu", **options))
+    reference = jax.jit(functools.partial(quantized_matmul, backend="reference"))
+    for seed in seeds:
+        case = form | {"seed": seed}
+        called_with = arguments(case, "columns")
+        check(case, kernel(*called_with), reference(*called_with))
 
 
-@settings(max_examples=25, deadline=None, derandomize=False)
-@given(cases())
-def test_the_tpu_kernel_agrees_with_the_reference(case: dict[str, Any]) -> None:
-    run_tpu(case)
+@settings(max_examples=7, deadline=None, derandomize=False)
+@given(form=forms(), seeds=DRAWN)
+def test_the_tpu_kernel_agrees_with_the_reference(form: dict[str, Any], seeds: list[int]) -> None:
+    check_tpu(form, seeds)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
-@settings(max_examples=20, deadline=None, derandomize=False)
-@given(case=cases())
-def test_the_tpu_kernel_agrees_with_the_reference_on_many(case: dict[str, Any], part: int) -> None:
-    run_tpu(case)
+@pytest.mark.parametrize("part", range(4))
+@settings(max_examples=10, deadline=None, derandomize=False)
+@given(form=forms(), seeds=DRAWN)
+def test_the_tpu_kernel_agrees_with_the_reference_on_many(form: dict[str, Any], seeds: list[int], part: int) -> None:
+    check_tpu(form, seeds)  # 4 parts of 10 forms: 200 cases
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -164,9 +183,9 @@ def test_what_a_kernel_cannot_take_is_said() -> None:
     with pytest.raises(ValueError, match=r"x: expected floats \[..., 48\], got bfloat16\[2, 32\]"):
         quantized_matmul(x[:, :32], weight)
     with pytest.raises(ValueError, match=r"bias: expected \[8\], got \[7\]"):
-        quantized_matmul(x, weight, bias=jnp.ones(7))
+        quantized_matmul(x, weight, Hooks(bias=jnp.ones(7)))
     with pytest.raises(ValueError, match="gate_function must be one of silu, gelu_tanh, relu, got 'tanh'"):
-        quantized_matmul(x, weight, gate_function="tanh")
+        quantized_matmul(x, weight, Hooks(gate_function="tanh"))
 
 
 def test_tiles_that_do_not_fit_are_an_error_before_compilation() -> None:

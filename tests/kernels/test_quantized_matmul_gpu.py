@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from test_quantized_matmul import arguments, cases, check
 
 from pallas_kernels.chips import chip_named
-from pallas_kernels.quantized_matmul import GpuTiles, QuantizedWeight, quantized_matmul, unsupported_reason
+from pallas_kernels.quantized_matmul import GpuTiles, Hooks, QuantizedWeight, quantized_matmul, unsupported_reason
 from pallas_kernels.quantized_matmul.arg_specs import SPECS, ArgSpec, random_weight
 from pallas_kernels.quantized_matmul.gpu import buffers, finish, launch_of, plan_of, prepare
 from pallas_kernels.tiles import TileError, total_bytes
@@ -32,32 +32,22 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 def run_gpu(case: dict[str, Any], interpreter: Interpreter) -> None:
-    x, weight, rest = arguments(case, "rows")
+    x, weight, hooks = arguments(case, "rows")
     assert unsupported_reason("gpu", x, weight, activation_group_size=case["activation_group_size"]) is None
-    names = ("gate", "activation_scales")
-    kernel_x, gate, x_scales = prepare(
-        x,
-        gate_function=rest.get("gate_function", "silu"),
-        activation_group_size=case["activation_group_size"],
-        **{name: rest.get(name) for name in names},
-    )
-    bias = rest["bias"].astype(jnp.float32) if "bias" in rest else None
+    kernel_x, rest, x_scales = prepare(x, hooks)
     launch = launch_of(
         kernel_x,
         weight,
+        rest,
         chip=chip_named("t4" if case["chip"] == "v5e" else "h100"),
-        gate=gate,
-        gate_function=rest.get("gate_function", "silu"),
         x_scales=x_scales,
-        bias=bias,
-        residual=rest.get("residual"),
         out_dtype=jnp.float32,  # the interpreter cuts bfloat16 off, where a GPU rounds
     )
     if launch.constants["COMPUTE"] == "bfloat16":  # the interpreter multiplies the bits of these
         launch = replace(launch, constants={**launch.constants, "COMPUTE": "float32"})
     (made,) = interpreter.run(launch)
-    y = finish(jnp.asarray(made), bias, rest.get("residual"), jnp.float32)
-    check(case, y, quantized_matmul(x, weight, backend="reference", out_dtype=jnp.float32, **rest))
+    y = finish(jnp.asarray(made), rest, jnp.float32)
+    check(case, y, quantized_matmul(x, weight, hooks, backend="reference", out_dtype=jnp.float32))
 
 
 @needs_triton
@@ -131,7 +121,7 @@ def _small() -> QuantizedWeight:
 
 def test_parts_are_added_with_what_is_added_to_them() -> None:
     parts = jnp.asarray(np.arange(12, dtype=np.float32).reshape(2, 2, 3))
-    y = finish(parts, jnp.ones(3), jnp.full((2, 3), 0.5, jnp.bfloat16), jnp.float32)
+    y = finish(parts, Hooks(bias=jnp.ones(3), residual=jnp.full((2, 3), 0.5, jnp.bfloat16)), jnp.float32)
     np.testing.assert_array_equal(y, np.arange(6).reshape(2, 3) * 2 + 6 + 1.5)
 
 
@@ -144,7 +134,7 @@ def test_it_is_one_kernel_of_a_jax_program(m: int) -> None:
     weight = random_weight(256, 512, bits=4, group_size=64, kind="minima", scale_dtype="float16", layout="rows", seed=0)
 
     def call(x: jax.Array, bias: jax.Array, residual: jax.Array) -> jax.Array:
-        return quantized_matmul(x, weight, gate=x, bias=bias, residual=residual, backend="gpu", chip=H100)
+        return quantized_matmul(x, weight, Hooks(gate=x, bias=bias, residual=residual), backend="gpu", chip=H100)
 
     x = jnp.ones((m, 512), jnp.bfloat16)
     traced = jax.jit(call).trace(x, jnp.ones(256), jnp.ones((m, 256), jnp.bfloat16))
@@ -156,10 +146,8 @@ def test_it_is_one_kernel_of_a_jax_program(m: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_on_a_gpu(spec: ArgSpec) -> None:
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs an NVIDIA GPU")
     case = {name: getattr(spec, name) for name in ArgSpec.__dataclass_fields__} | {"seed": 5, "static": False}
     case |= {"gate_function": "silu", "bias": True, "residual": True}
-    x, weight, rest = arguments(case, "rows")
-    y = quantized_matmul(x, weight, backend="gpu", **rest)
-    check(case, y, quantized_matmul(x, weight, backend="reference", **rest))
+    x, weight, hooks = arguments(case, "rows")
+    y = quantized_matmul(x, weight, hooks, backend="gpu")
+    check(case, y, quantized_matmul(x, weight, hooks, backend="reference"))
