@@ -26,6 +26,10 @@ CASES = [
     ("v6e:2x2", "llama-3-8b"),
     ("v5p:2x2x1", "llama-3-8b"),
     ("tpu7x:2x2x1", "llama-3-8b"),
+    ("v5e:2x2", "smollm2-kv-int8"),
+    ("v6e:2x2", "llama-3-8b-kv-int8"),
+    ("v5p:2x2x1", "smollm2-kv-int8"),
+    ("tpu7x:2x2x1", "llama-3-8b-kv-int8"),
 ]
 
 
@@ -40,12 +44,14 @@ def test_compiled(topology: str, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     decode, mixed = map(json.loads, done.stdout.splitlines())
     layers = decode["attention_layers"]
-    assert layers == (30 if name == "smollm2" else 32)
+    is_smollm2, is_int8 = name.startswith("smollm2"), name.endswith("kv-int8")
+    assert layers == (30 if is_smollm2 else 32)
     assert decode["unserved"] == mixed["unserved"] == {}
     assert decode["num_kernels"] >= layers
     assert mixed["num_kernels"] >= 2 * layers  # single tokens, and chunks of prompts
-    width = 256 if name == "smollm2" else 1024
-    page_bytes = 2 * layers * 64 * 128 * width * 2
+    width = 256 if is_smollm2 else 1024
+    row_bytes = width + 4 * (3 if is_smollm2 else 8) if is_int8 else 2 * width
+    page_bytes = 2 * layers * 64 * 128 * row_bytes
     assert decode["aliased_bytes"] >= page_bytes
     assert decode["temporary_bytes"] < page_bytes
 
