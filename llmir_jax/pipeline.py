@@ -228,10 +228,4 @@ def specialize_step(
     )
 
 
-def compile_forward(module: ModuleOp) -> ModuleOp:
-    """What a direct call of the forward runs: the traced module, verified."""
-    module.verify()
-    return module
-
-
-__all__ = ["Recorder", "compile_forward", "derive_step", "for_attention", "specialize_step", "text_of"]
+__all__ = ["Recorder", "derive_step", "for_attention", "specialize_step", "text_of"]

@@ -7,10 +7,11 @@ import jax
 from llmir_jax.errors import LlmirError
 from llmir_jax.targets.gpu import kernels_for
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
+from llmir_jax.transforms.lower_to_flash import LowerToFlashPass
 from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
 from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
-from pallas_kernels.chips import Chip, chip_of
+from pallas_kernels.chips import Chip, UnknownChipError, chip_of
 
 
 def check_target(target: str | None, interpret: bool) -> str:
@@ -76,4 +77,17 @@ class TargetChoice:
         return "float16" if this_host().has_half else None
 
 
-__all__ = ["TargetChoice", "check_target"]
+def flash_lowering(target: str | None) -> LowerToFlashPass | str:
+    """How a direct call's attention is lowered to flash attention on the device that JAX uses; or why it is not."""
+    platform = jax.default_backend()
+    if target in ("reference", "cpu"):
+        return f"target={target!r}"
+    if platform != "tpu":
+        return f"JAX runs on {platform}"
+    try:
+        return LowerToFlashPass(chip=chip_of(jax.devices()[0]).name)
+    except UnknownChipError as error:
+        return str(error)
+
+
+__all__ = ["TargetChoice", "check_target", "flash_lowering"]

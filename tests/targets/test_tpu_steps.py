@@ -56,6 +56,18 @@ def test_compiled(topology: str, name: str) -> None:
     assert decode["temporary_bytes"] < page_bytes
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "tpu7x:2x2x1"])
+def test_direct_call(topology: str) -> None:
+    script = Path(__file__).with_name("compile_direct_call.py")
+    done = subprocess.run(
+        [sys.executable, script, topology], env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *report, kernels = done.stdout.splitlines()
+    assert kernels == "2"
+    assert sum("JAX's splash attention, a Pallas kernel, compiled for" in line for line in report) == 2
+
+
 def test_topology_that_does_not_exist() -> None:
     with pytest.raises(LlmirError, match="topology 'v99:2x2'"):
         compile_for_tpu(lambda model, tokens: tokens, {}, "v99:2x2", tokens=(8,), max_seqs=8, num_pages=8)
