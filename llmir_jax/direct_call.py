@@ -10,7 +10,7 @@ A kernel is of one device, which is known when the call is compiled: on several,
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,7 @@ def direct_call(traced: Traced, trace_at: TraceAt, lower: LowerToFlashPass | str
     except LlmirError as error:
         return _as_traced(traced, module, str(error))
     text = text_of(raised)
+    lower = replace(lower, batch=shape[0])
     entries, any_served = _entries(raised, shape[0], lower)
     notes = ["on one device; on several, XLA partitions the program as it was traced"] if any_served else []
     if not any_served:

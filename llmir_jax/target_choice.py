@@ -11,7 +11,7 @@ from llmir_jax.transforms.lower_to_flash import LowerToFlashPass
 from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
 from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
-from pallas_kernels.chips import Chip, UnknownChipError, chip_of
+from pallas_kernels.chips import Chip, UnknownChipError, chip_of, limits_of
 
 
 def check_target(target: str | None, interpret: bool) -> str:
@@ -82,10 +82,10 @@ def flash_lowering(target: str | None) -> LowerToFlashPass | str:
     platform = jax.default_backend()
     if target in ("reference", "cpu"):
         return f"target={target!r}"
-    if platform != "tpu":
+    if platform not in ("tpu", "gpu"):
         return f"JAX runs on {platform}"
     try:
-        return LowerToFlashPass(chip=chip_of(jax.devices()[0]).name)
+        return LowerToFlashPass(chip=limits_of(jax.devices()[0]).name)
     except UnknownChipError as error:
         return str(error)
 

@@ -1,5 +1,7 @@
-"""Direct calls with flash attention: the kernel of TPUs, interpreted on a CPU, against the plain forward."""
+"""Direct calls with flash attention: a TPU's kernel interpreted against the plain forward, and which are lowered."""
 
+import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +46,14 @@ def tokens_of(batch: int, seq_len: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (batch, seq_len)).astype(np.int32)
 
 
+TOY = toy_lm(0)
+"""One layer, 3 heads of 10."""
+
+
+def toy_tokens(batch: int) -> np.ndarray[Any, Any]:
+    return tokens_of(batch, 140) % TOY.vocab_size
+
+
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(target_choice, "flash_lowering", lambda target: LowerToFlashPass(interpret=True))
@@ -53,14 +63,18 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_equals_the_plain_forward(dtype: Any, tolerance: float) -> None:
     tokens = tokens_of(3, 140)
-    jitted = llmir.jit(forward)
     expected = np.float32(jax.jit(forward)(model(dtype), tokens))
-    got = jitted(model(dtype), tokens)
+    got = llmir.jit(forward)(model(dtype), tokens)
     assert got.dtype == dtype
     np.testing.assert_allclose(np.float32(got), expected, atol=tolerance * np.abs(expected).max())
-    lowered = jitted.lower(model(dtype), tokens)
-    assert "tensor<140x12x16x" in lowered.as_text("llm")  # 3 sequences are 3 times 4 heads
-    np.testing.assert_array_equal(np.float32(lowered.compile()(model(dtype), tokens)), np.float32(got))
+
+
+def test_stages() -> None:
+    lowered = llmir.jit(TOY.forward).lower(TOY.model, toy_tokens(3))
+    assert "tensor<140x9x10x" in lowered.as_text("llm")  # 3 sequences are 3 times 3 heads
+    assert "llm.attention" not in lowered.as_text("stablehlo")
+    expected = jax.jit(TOY.forward)(TOY.model, toy_tokens(3))
+    np.testing.assert_allclose(lowered.compile()(TOY.model, toy_tokens(3)), expected, atol=1e-4)
 
 
 def test_report_names_what_serves_each_form() -> None:
@@ -77,23 +91,16 @@ def test_report_names_what_serves_each_form() -> None:
 
 
 def test_gradients_and_vmap_are_those_of_the_function() -> None:
-    tokens = tokens_of(1, 140)
-    params = nnx.state(model())
-    structure = nnx.graphdef(model())
+    tokens, jitted = toy_tokens(1), llmir.jit(TOY.forward)
 
-    def of_params(state: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(structure, state)(tokens)
+    def gradients(call: Any) -> Any:
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(call(params, tokens)))))(TOY.model)
 
-    jitted = llmir.jit(of_params)
-
-    def loss(call: Any) -> Any:
-        return jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(call(state, tokens)))))(params)
-
-    for got, expected in zip(*map(jax.tree.leaves, (loss(jitted), loss(of_params))), strict=True):
+    for got, expected in zip(*map(jax.tree.leaves, (gradients(jitted), gradients(TOY.forward))), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     several = np.stack([tokens, tokens[:, ::-1]])
-    got = jax.vmap(lambda tokens: jitted(params, tokens))(several)
-    np.testing.assert_allclose(got[1], jitted(params, several[1]), rtol=1e-4, atol=1e-4)
+    got = jax.vmap(lambda tokens: jitted(TOY.model, tokens))(several)
+    np.testing.assert_allclose(got[1], jitted(TOY.model, several[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_the_kernel_does_not_take_are_named() -> None:
@@ -114,70 +121,81 @@ def test_layers_that_the_kernel_does_not_take_are_named() -> None:
 
 
 def test_what_is_not_shown_to_be_the_same_stays_as_it_was_traced() -> None:
-    short = llmir.jit(forward).lower(model(), tokens_of(2, SHORTEST - 1))
+    short = llmir.jit(TOY.forward).lower(TOY.model, toy_tokens(2)[:, : SHORTEST - 1])
     assert short.report().attention == ()
     assert short.report().notes == (
         "attention is compiled by XLA as it is written: sequences of 131 tokens are shorter than 132",
     )
 
-    def reversing(model: Any, tokens: jax.Array) -> jax.Array:
-        return model(tokens)[:, ::-1]
-
-    (note,) = llmir.jit(reversing).lower(model(), tokens_of(2, 140)).report().notes
-    assert "stablehlo.reverse at test_direct_call.py" in note
-
-    def pooled(model: Any, tokens: jax.Array) -> jax.Array:
-        return model(tokens).mean(1)
+    def pooled(params: Any, tokens: jax.Array) -> jax.Array:
+        return TOY.forward(params, tokens).mean(1)
 
     jitted = llmir.jit(pooled)
-    expected = jax.jit(pooled)(model(), tokens_of(2, 140))
-    np.testing.assert_allclose(jitted(model(), tokens_of(2, 140)), expected, rtol=1e-5, atol=1e-5)
-    assert "reduces over the token axis" in str(jitted.lower(model(), tokens_of(2, 140)).report())
+    expected = jax.jit(pooled)(TOY.model, toy_tokens(2))
+    np.testing.assert_allclose(jitted(TOY.model, toy_tokens(2)), expected, rtol=1e-5, atol=1e-5)
+    (note,) = jitted.lower(TOY.model, toy_tokens(2)).report().notes
+    assert re.search(r"stablehlo.reduce at test_direct_call.py:\d+ .*reduces over the token axis", note)
 
 
-def test_batches_that_mix_are_kept() -> None:
+def test_batches_that_mix_and_results_of_any_structure() -> None:
     """Sequences of a batch may depend on each other: they are not taken apart."""
 
-    def centred(model: Any, tokens: jax.Array) -> jax.Array:
-        logits = model(tokens)
-        return logits - logits.mean(0, keepdims=True)
+    def centred(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        logits = TOY.forward(params, tokens)
+        return {"logits": logits - logits.mean(0, keepdims=True), "best": logits.argmax(-1)}
 
-    jitted, tokens = llmir.jit(centred), tokens_of(3, 140)
-    assert jitted.lower(model(), tokens).report().attention
-    expected = jax.jit(centred)(model(), tokens)
-    np.testing.assert_allclose(jitted(model(), tokens), expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_results_of_any_structure() -> None:
-    def both(model: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-        logits = model(tokens)
-        return {"logits": logits, "best": logits.argmax(-1)}
-
-    jitted, tokens = llmir.jit(both), tokens_of(2, 140)
-    assert jitted.lower(model(), tokens).report().attention
-    got, expected = jitted(model(), tokens), jax.jit(both)(model(), tokens)
+    jitted = llmir.jit(centred)
+    assert jitted.lower(TOY.model, toy_tokens(3)).report().attention
+    got, expected = jitted(TOY.model, toy_tokens(3)), jax.jit(centred)(TOY.model, toy_tokens(3))
     np.testing.assert_allclose(got["logits"], expected["logits"], atol=1e-4)
     assert (got["best"] == expected["best"]).mean() > 0.99
 
 
-def kernels_lowered(num_devices: int) -> int:
-    """Kernels in the program for so many TPUs, of which there need not be any."""
-    pass_ = LowerToFlashPass(chip="v5e")
+def kernels_lowered(chip: str, num_devices: int, dtype: Any) -> dict[str, int]:
+    """Calls in the program for so many of these chips, of which there need not be any, by what they call."""
+    platform = "tpu" if chip == "v5e" else "cuda"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_choice, "flash_lowering", lambda target: pass_)
+        patch.setattr(target_choice, "flash_lowering", lambda target: LowerToFlashPass(chip=chip))
         mesh = jax.sharding.AbstractMesh((num_devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         tokens = jax.ShapeDtypeStruct((2, 140), jnp.int32, sharding=sharding)
-        shapes = nnx.eval_shape(lambda: nnx.state(model(jnp.bfloat16)))
-        structure = nnx.graphdef(model())
+        shapes = nnx.eval_shape(lambda: nnx.state(model(dtype)))
+        structure = nnx.graphdef(model(dtype))
         jitted = llmir.jit(lambda state, tokens: nnx.merge(structure, state)(tokens))
         traced = jax.jit(lambda state, tokens: jitted(state, tokens)).trace(shapes, tokens)
-        return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+        calls = re.findall(r"custom_call @([\w$]+)", traced.lower(lowering_platforms=(platform,)).as_text())
+    return {name: calls.count(name) for name in set(calls) & KERNELS}
+
+
+KERNELS = {"tpu_custom_call", "__cudnn$fmhaSoftmax", "triton_kernel_call_ffi"}
 
 
 def test_several_devices_get_the_program_as_it_was_traced() -> None:
-    assert kernels_lowered(1) == 2
-    assert kernels_lowered(2) == 0
+    assert kernels_lowered("v5e", 1, jnp.bfloat16) == {"tpu_custom_call": 2}
+    assert kernels_lowered("v5e", 2, jnp.bfloat16) == {}
+
+
+def test_gpus_have_cudnn_for_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a cuDNN to lower for
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    assert kernels_lowered("h100", 1, jnp.bfloat16) == {"__cudnn$fmhaSoftmax": 2}
+    assert kernels_lowered("h100", 2, jnp.bfloat16) == {}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs jax-triton and JAX's CUDA plugin, which need no GPU",
+)
+def test_gpus_have_triton_for_the_rest() -> None:
+    assert kernels_lowered("t4", 1, jnp.float32) == {"triton_kernel_call_ffi": 2}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is not None, reason="jax-triton is installed")
+def test_without_triton_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_choice, "flash_lowering", lambda target: LowerToFlashPass(chip="h100"))
+    report = str(llmir.jit(forward).lower(model(), tokens_of(1, 140)).report())
+    assert "served by XLA, with a matrix of scores: cuDNN's queries are bfloat16 or float16, not float32; " in report
+    assert "jax-triton is not installed: pip install 'llmir-jax[gpu]'" in report
 
 
 def test_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

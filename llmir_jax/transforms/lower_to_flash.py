@@ -4,8 +4,8 @@
       →
     %o = func.call @llm_attention(%q, %k, %v) : (tensor<512x9x64xbf16>, …) -> tensor<512x9x64xbf16>
 
-The function holds the kernel, as a custom call. Sequences of a batch are among the heads, which attend each by itself.
-What no kernel serves becomes its reference decomposition; `unserved` tells why.
+The function holds the kernel, as a custom call. Sequences of a batch are among the heads, each of which attends by
+itself. What no kernel serves becomes its reference decomposition; `choice` tells why.
 """
 
 from collections.abc import Mapping
@@ -24,18 +24,26 @@ from llmir_jax.targets.flash_kernels import FlashChoice, choose_flash, flash_fun
 from llmir_jax.transforms.lower_to_reference import Kernel, Lowering, lower_module
 from pallas_kernels.chips import Chip, UnknownChipError, chip_named
 
-TITLES: Mapping[str, str] = {"tpu": "JAX's splash attention, a Pallas kernel"}
+TITLES: Mapping[str, str] = {
+    "tpu": "JAX's splash attention, a Pallas kernel",
+    "cudnn": "cuDNN's attention",
+    "gpu": "the Triton kernel of flash attention",
+}
 """In the report, by the backend of `pallas_kernels.flash_attention`."""
 
 
 @dataclass(frozen=True)
 class LowerToFlashPass(ModulePass):
-    """llm.attention to flash attention compiled for `chip`, or with `interpret` interpreted on any device."""
+    """llm.attention to flash attention compiled for `chip`, or with `interpret` interpreted on any device.
+
+    `batch` sequences are among its heads, which kernels are given as they were.
+    """
 
     name = "lower-to-flash"
 
     chip: str = "v5e"
     interpret: bool = False
+    batch: int = 1
 
     @property
     def known_chip(self) -> Chip:
@@ -54,14 +62,15 @@ class LowerToFlashPass(ModulePass):
 
     def choice(self, op: llm.AttentionOp) -> FlashChoice:
         """What serves an attention, and why no kernel does where none does."""
-        return choose_flash(op, self.known_chip)
+        return choose_flash(op, self.known_chip, self.batch)
 
     def title(self, choice: FlashChoice) -> str:
         """What serves an attention, in the report."""
         if choice.backend is None:
             return f"XLA, with a matrix of scores: {choice.reason}"
         how = "interpreted" if self.interpret else f"compiled for {self.chip}"
-        return f"{TITLES[choice.backend]}, {how}"
+        before = f" ({choice.reason})" if choice.reason else ""
+        return f"{TITLES[choice.backend]}, {how}{before}"
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         attentions = attentions_of(op)
@@ -72,7 +81,7 @@ class LowerToFlashPass(ModulePass):
     def _kernel(self, op: Operation) -> Kernel | None:
         if not isinstance(op, llm.AttentionOp) or self.choice(op).backend is None:
             return None
-        function: Any = flash_function(op, self.choice(op), self.known_chip, interpret=self.interpret)
+        function: Any = flash_function(op, self.choice(op), self.known_chip, interpret=self.interpret, batch=self.batch)
         return Kernel(function, self.platform)
 
 

@@ -12,8 +12,8 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.flash_attention.reference import flash_attention_reference
 from pallas_kernels.flash_attention.types import FlashAttentionError, Masking, Sizes
 
-Backend = Literal["reference", "tpu"]
-BACKENDS = ("reference", "tpu")
+Backend = Literal["reference", "tpu", "cudnn", "gpu"]
+BACKENDS = ("reference", "tpu", "cudnn", "gpu")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,9 +41,9 @@ def flash_attention(
         window: a query sees keys at positions > its own − window: with `causal` that many, its own included.
         softcap: scores become softcap · tanh(score / softcap).
         slopes: float [H], added to scores times (key position − query position): ALiBi.
-        backend: which kernel; see `unsupported_reason` for whether it takes these arguments. "reference" and "tpu"
-            can be differentiated.
-        options: of the backend: see `tpu.flash_attention_tpu`.
+        backend: which kernel; see `unsupported_reason` for whether it takes these arguments. "tpu" is JAX's splash
+            attention, "cudnn" cuDNN's, "gpu" a Triton kernel, which alone has no gradients.
+        options: of the backend: see `tpu.flash_attention_tpu`, `gpu.flash_attention_gpu`.
 
     Returns:
         [B, T, H, Dv] of q's dtype.
