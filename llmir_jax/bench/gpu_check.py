@@ -21,9 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmir_jax.bench.gpu_flash import LONGEST, NAMES, flash_call, flash_results, served
 from llmir_jax.bench.shapes import SHAPES
 from llmir_jax.models.llama import LlamaConfig
 from pallas_kernels.chips import UnknownChipError, chip_named, limits_of
+from pallas_kernels.flash_attention import arg_specs as flash
+from pallas_kernels.flash_attention.api import Backend
 from pallas_kernels.paged_attention.arg_specs import SPECS, ArgSpec, random_arguments
 from pallas_kernels.paged_attention.gpu import choose_tiles, make_launch, merge, paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
@@ -59,6 +62,7 @@ class Scale:
     interpret: bool
     specs: tuple[ArgSpec, ...]
     products: tuple[products.ArgSpec, ...]
+    flash: tuple[flash.ArgSpec, ...]
     copy_bytes: int
     matmul_size: int
     iterations: int
@@ -77,6 +81,7 @@ def full(dtype: str) -> Scale:
         interpret=False,
         specs=(*SPECS, replace(decode, name="llama-3-8b-decode-float16", dtype="float16", page_dtype="float16")),
         products=products.SPECS,
+        flash=tuple(replace(spec, seq_len=min(spec.seq_len, LONGEST)) for spec in flash.SPECS),
         copy_bytes=GIB,
         matmul_size=8192,
         iterations=20,
@@ -119,6 +124,7 @@ def dry() -> Scale:
         interpret=True,
         specs=(small, replace(small, name="small-int8", page_dtype="int8", num_tokens=9)),
         products=(product, rounded),
+        flash=(flash.ArgSpec(name="small", num_heads=4, num_kv_heads=2, head_dim=16, seq_len=20, dtype="float32"),),
         copy_bytes=2**20,
         matmul_size=64,
         iterations=2,
@@ -169,6 +175,9 @@ def correctness(scale: Scale) -> Iterator[list[str]]:
         got = _run_product(x, weight, group_size, interpret=scale.interpret)
         y = quantized_matmul(x, weight, activation_group_size=group_size, backend="reference")
         yield _row("quantized matmul", product.name, got, y, TOLERANCE[product.x_dtype])
+
+    for name, shape, got, y in flash_results(scale.flash, interpret=scale.interpret):
+        yield _row(name, shape.name, got, y, TOLERANCE[shape.dtype])
 
 
 def _row(kernel: str, shape: str, out: Any, expected: Any, tolerance: float, *, same: bool = True) -> list[str]:
@@ -272,6 +281,25 @@ def speed(scale: Scale, dtype: str) -> Iterator[list[str]]:
     share = f"{rate / flops:.2f}"
     name = f"paged attention, prefill of {length}"
     yield [name, f"{1e3 * taken:.3f}", f"{rate / TERA:,.1f} TFLOP/s", share, _jax_attention(scale, prefill)]
+    whole = flash.ArgSpec(
+        name="whole",
+        num_heads=prefill.num_heads,
+        num_kv_heads=prefill.num_kv_heads,
+        head_dim=prefill.head_dim,
+        seq_len=length,
+        dtype=prefill.dtype,
+    )
+    for backend in () if scale.interpret else served(whole):
+        taken = _flash_seconds(scale, whole, backend)
+        rate = operations / taken
+        name = f"{NAMES[backend]}, {length} tokens"
+        yield [name, f"{1e3 * taken:.3f}", f"{rate / TERA:,.1f} TFLOP/s", f"{rate / flops:.2f}", ""]
+
+
+def _flash_seconds(scale: Scale, spec: flash.ArgSpec, backend: Backend) -> float:
+    call = flash_call(spec, backend)
+    q, k, v, _ = flash.random_arguments(spec)
+    return seconds(lambda state: (call(*state), state[1], state[2]), (q, k, v), scale.iterations)
 
 
 def _attention_seconds(scale: Scale, spec: ArgSpec) -> float:

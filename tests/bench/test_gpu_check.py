@@ -22,8 +22,9 @@ def test_dry_run_checks_every_kernel_and_measures_all(capsys: pytest.CaptureFixt
     assert main(["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "the times mean nothing" in out
-    assert out.count("| ok |") == len(dry().specs) + len(dry().products)
+    assert out.count("| ok |") == len(dry().specs) + len(dry().products) + len(dry().flash)
     assert "| quantized matmul | small-a8 |" in out
+    assert "| flash attention, Triton | small |" in out
     assert "paged attention, decode of 3" in out
     assert "| tiny, float32 |" in out
 
