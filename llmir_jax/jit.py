@@ -2,8 +2,8 @@
 
 Called, it is a drop-in for `jax.jit` of the same function: the function is traced, its module goes through the passes,
 and the result is called in its place, inside a `jax.jit` whose cache decides when to do that again. Differentiation and
-`vmap` apply to the original function. On a TPU, attention is flash attention where that is shown to be the same (see
-`direct_call`); `forward.lower(model, tokens).report()` says where.
+`vmap` apply to the original function. On a TPU or an NVIDIA GPU attention is flash attention, where that is shown to be
+the same (see `direct_call`); `forward.lower(model, tokens).report()` says where.
 """
 
 import functools

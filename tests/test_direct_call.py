@@ -120,6 +120,23 @@ def test_layers_that_the_kernel_does_not_take_are_named() -> None:
     np.testing.assert_allclose(jitted(built.model, tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_products_are_as_precise_as_they_are_written(precision: str | None) -> None:
+    def attend(p: Any, h: jax.Array) -> jax.Array:
+        q, k, v = heads_of(p, h)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        return merge(p, jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen, scores, -1e9)), v))
+
+    built = toy_lm(0, attend)
+    tokens = jax.ShapeDtypeStruct((1, 140), jnp.int32)
+    lowered = llmir.jit(built.forward).lower(built.model, tokens)
+    assert ("precise = true" in lowered.as_text("llm")) == (precision is not None)
+    text = lowered.as_text("target")
+    # in the interpreted kernel, and nowhere else
+    assert ("precision = [HIGHEST, HIGHEST]" in text) == (precision is not None)
+
+
 def test_what_is_not_shown_to_be_the_same_stays_as_it_was_traced() -> None:
     short = llmir.jit(TOY.forward).lower(TOY.model, toy_tokens(2)[:, : SHORTEST - 1])
     assert short.report().attention == ()

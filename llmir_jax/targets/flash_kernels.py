@@ -11,7 +11,7 @@ from llmir_jax.dialects import llm
 from llmir_jax.dialects.build import dtype_of, shape_of
 from llmir_jax.dialects.llm.common import bool_of, float_of, optional_float_of, optional_int_of
 from llmir_jax.targets.gpu import missing_triton
-from llmir_jax.targets.reference import Reference
+from llmir_jax.targets.reference import Reference, matmul_precision
 from pallas_kernels.chips import Chip
 from pallas_kernels.flash_attention import Masking, Sizes, flash_attention, unsupported_reason
 from pallas_kernels.flash_attention.api import Backend
@@ -67,16 +67,17 @@ def flash_function(op: llm.AttentionOp, choice: FlashChoice, chip: Chip, *, inte
     def run(q: Array, k: Array, v: Array, slopes: Array | None = None) -> Array:
         split = ((x.shape[0], batch, x.shape[1] // batch, x.shape[2]) for x in (q, k, v))
         parts = (x.astype(dtype).reshape(shape).swapaxes(0, 1) for x, shape in zip((q, k, v), split, strict=True))
-        out = flash_attention(
-            *parts,
-            scale=masking.scale,
-            causal=masking.causal,
-            window=masking.window,
-            softcap=masking.softcap,
-            slopes=slopes,
-            backend=backend,
-            **options,
-        )
+        with matmul_precision(op):
+            out = flash_attention(
+                *parts,
+                scale=masking.scale,
+                causal=masking.causal,
+                window=masking.window,
+                softcap=masking.softcap,
+                slopes=slopes,
+                backend=backend,
+                **options,
+            )
         return out.swapaxes(0, 1).reshape(*q.shape[:2], -1).astype(out_dtype)
 
     return run
