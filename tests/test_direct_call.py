@@ -31,7 +31,7 @@ CONFIG = LlamaConfig(
     rope_theta=1e4,
     windows=(None, 9),
 )
-TITLE = "JAX's splash attention, a Pallas kernel, interpreted"
+TITLE = "JAX's splash attention, a Pallas kernel, compiled for v5e, interpreted here"
 
 
 def forward(model: Any, tokens: jax.Array) -> Any:

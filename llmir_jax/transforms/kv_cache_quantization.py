@@ -19,6 +19,7 @@ from xdsl.passes import ModulePass
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
 from llmir_jax.errors import InvalidIRError, LlmirError
+from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
 from llmir_jax.transforms.page_types import retype_pages
 
 _WITH_KERNELS = ("tpu", "gpu")
@@ -50,6 +51,10 @@ class KVCacheQuantizationPass(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         if self.bits not in (4, 8):
             raise InvalidIRError(f"kv-cache-quantization: bits must be 4 or 8, got {self.bits}")
+        if self.target not in LAYOUTS:
+            raise InvalidIRError(
+                f"kv-cache-quantization: target must be one of {', '.join(LAYOUTS)}, got {self.target!r}"
+            )
         retype_pages(main_function(op), lambda kind: _quantized(kind, self.bits, self.target), by=self.name)
 
 

@@ -25,9 +25,9 @@ from llmir_jax.transforms.lower_to_reference import Kernel, Lowering, lower_modu
 from pallas_kernels.chips import Chip, UnknownChipError, chip_named
 
 TITLES: Mapping[str, str] = {
-    "tpu": "JAX's splash attention, a Pallas kernel",
-    "cudnn": "cuDNN's attention",
-    "gpu": "the Triton kernel of flash attention",
+    "tpu": "JAX's splash attention, a Pallas kernel, compiled for {}",
+    "cudnn": "cuDNN's attention, on {}",
+    "gpu": "the Triton kernel of flash attention, compiled for {}",
 }
 """In the report, by the backend of `pallas_kernels.flash_attention`."""
 
@@ -68,15 +68,13 @@ class LowerToFlashPass(ModulePass):
         """What serves an attention, in the report."""
         if choice.backend is None:
             return f"XLA, with a matrix of scores: {choice.reason}"
-        how = "interpreted" if self.interpret else f"compiled for {self.chip}"
-        before = f" ({choice.reason})" if choice.reason else ""
-        return f"{TITLES[choice.backend]}, {how}{before}"
+        title = TITLES[choice.backend].format(self.chip)
+        if self.interpret:
+            title += ", interpreted here"
+        return f"{title} ({choice.reason})" if choice.reason else title
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        attentions = attentions_of(op)
-        lowering = Lowering(module=op, num_devices=None, kernel=self._kernel)
-        lower_module(lowering)
-        assert not attentions or not attentions_of(op)
+        lower_module(Lowering(module=op, num_devices=None, kernel=self._kernel))
 
     def _kernel(self, op: Operation) -> Kernel | None:
         if not isinstance(op, llm.AttentionOp) or self.choice(op).backend is None:

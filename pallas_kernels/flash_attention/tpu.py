@@ -26,9 +26,9 @@ from pallas_kernels.flash_attention.types import FlashAttentionError, Masking, S
 from pallas_kernels.tiles import LANES, USABLE_VMEM, Buffer, TileError, check_fits, choose, round_up
 
 DTYPES = ("float32", "bfloat16")
-SCOPED_VMEM_BYTES = 16 << 20
-"""What the compiler gives a kernel that asks for nothing else, as splash attention does: its error for tiles that take
-more says "limit 16.00M" (libtpu 0.0.52)."""
+SCOPED_VMEM_BYTES = {"v5e": 16 << 20, "v5p": 16 << 20, "v6e": 32 << 20, "tpu7x": 32 << 20}
+"""What the compiler gives a kernel that asks for nothing else, as splash attention does, by chip: the limit that its
+error for tiles that take more names (libtpu 0.0.52)."""
 STEP_SECONDS = 0.35e-6
 """What a program of a grid takes besides its work, about: as for `quantized_matmul.tpu.STEP_SECONDS`."""
 TILE_SIZES = (128, 256, 512, 1024, 2048)
@@ -125,7 +125,8 @@ def _subject(sizes: Sizes) -> str:
 
 def _scoped(chip: Chip) -> Chip:
     """The chip with the VMEM that the compiler gives a kernel."""
-    return replace(chip, fast_memory_bytes=min(chip.fast_memory_bytes, int(SCOPED_VMEM_BYTES / USABLE_VMEM)))
+    scoped = SCOPED_VMEM_BYTES.get(chip.name, min(SCOPED_VMEM_BYTES.values()))
+    return replace(chip, fast_memory_bytes=int(scoped / USABLE_VMEM))
 
 
 def flash_attention_tpu(
