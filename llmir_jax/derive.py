@@ -241,40 +241,46 @@ def _same_prefix(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     return bool((x == y).all())
 
 
-def derive(
+@dataclass
+class Raised:
+    """A forward whose attention is raised, and in which nothing else mixes tokens, at `length` tokens a sequence."""
+
+    module: ModuleOp
+    """Its @main has positions int32[length] for an argument after all others."""
+    length: int
+    max_seq_len: int
+    """Of the longest sequence that its tables of positions are made for."""
+    axis: TokenAxis
+    notes: list[str] = field(default_factory=list)
+
+
+def raise_forward(
     trace_at: TraceAt,
     parameter_values: Callable[[], Sequence[Any]] | None,
     *,
-    max_seqs: int,
     max_seq_len: int,
-    cache_sizes: Sequence[int],
+    forbidden: Sequence[int],
     lengths: Sequence[int] = LENGTHS,
-) -> Derived:
-    """Derive the step.
+) -> Raised:
+    """Find the attention of a forward and its positions, and prove that each other operation treats tokens alone.
 
     Args:
-        trace_at: traces the forward at a number of tokens.
+        trace_at: traces the forward at a number of tokens a sequence.
         parameter_values: arrays of the parameters in order, read only where a mask depends on one.
-        cache_sizes: sizes that the cache's arrays will have; none may be taken for the token axis.
+        forbidden: other sizes that there are or will be; none may be taken for the token axis.
         lengths: to trace at, the first that fits.
 
     Raises:
-        UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
+        UnsupportedModelError: the forward mixes tokens in another way.
     """
-    traces = _Traces(trace_at, (max_seqs, max_seq_len, *cache_sizes), lengths)
+    traces = _Traces(trace_at, (max_seq_len, *forbidden), lengths)
     module, length = traces.main_module, traces.length
     other = SHORT_LENGTH if length > SHORT_LENGTH else length - 2
     first = traces.align_with(other)
     bound = table_bound(main_function(traces.original).body.block.ops, first)
     if _has_fixed_multiple(first) or (bound is not None and bound[0] - 1 <= length):
-        return derive(
-            trace_at,
-            parameter_values,
-            max_seqs=max_seqs,
-            max_seq_len=max_seq_len,
-            cache_sizes=cache_sizes,
-            lengths=tuple(n for n in lengths if n != length),
-        )
+        others = tuple(n for n in lengths if n != length)
+        return raise_forward(trace_at, parameter_values, max_seq_len=max_seq_len, forbidden=forbidden, lengths=others)
     notes: list[str] = []
     if bound is not None and bound[0] < max_seq_len:
         notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
@@ -295,14 +301,7 @@ def derive(
         notes.append(f"context limited to {longest} tokens, the longest sequence the forward was evaluated for")
     bound = gather_bound(axis, tables.longest_content)
     if bound is not None and bound[0] < max_seq_len:
-        again = derive(
-            trace_at,
-            parameter_values,
-            max_seqs=max_seqs,
-            max_seq_len=bound[0],
-            cache_sizes=cache_sizes,
-            lengths=lengths,
-        )
+        again = raise_forward(trace_at, parameter_values, max_seq_len=bound[0], forbidden=forbidden, lengths=lengths)
         again.notes.append(f"context limited to {bound[0]} tokens by the table at {bound[1]}")
         return again
     positions = signature.add_argument(main, "positions", tensor((length,), i32))
@@ -321,12 +320,35 @@ def derive(
     )
     dce(module)
     check_token_pointwise(axis, list(main.body.block.ops))
-    _check_logits(axis, signature.results(main), length)
-    if not any(isinstance(op, llm.AttentionOp) for op in main.body.block.ops):
-        notes.append("no attention found: every token is served on its own")
-    _flatten_inputs(module, length, max_seqs)
     module.attributes[LENGTH] = IntegerAttr(length, i64)
-    return Derived(module, length, max_seqs, max_seq_len, notes)
+    return Raised(module, length, max_seq_len, axis, notes)
+
+
+def derive(
+    trace_at: TraceAt,
+    parameter_values: Callable[[], Sequence[Any]] | None,
+    *,
+    max_seqs: int,
+    max_seq_len: int,
+    cache_sizes: Sequence[int],
+) -> Derived:
+    """Derive the step.
+
+    Args:
+        trace_at: traces the forward of one sequence at a number of tokens.
+        parameter_values: arrays of the parameters in order, read only where a mask depends on one.
+        cache_sizes: sizes that the cache's arrays will have; none may be taken for the token axis.
+
+    Raises:
+        UnsupportedModelError: the forward mixes tokens in a way that no step can serve.
+    """
+    raised = raise_forward(trace_at, parameter_values, max_seq_len=max_seq_len, forbidden=(max_seqs, *cache_sizes))
+    main = main_function(raised.module)
+    _check_logits(raised.axis, signature.results(main), raised.length)
+    if not any(isinstance(op, llm.AttentionOp) for op in main.body.block.ops):
+        raised.notes.append("no attention found: every token is served on its own")
+    _flatten_inputs(raised.module, raised.length, max_seqs)
+    return Derived(raised.module, raised.length, max_seqs, raised.max_seq_len, raised.notes)
 
 
 class _ParameterValues(Mapping[SSAValue, Any]):
@@ -401,4 +423,4 @@ def _flatten_inputs(module: ModuleOp, length: int, max_seqs: int) -> None:
         signature.add_argument(main, role, tensor(shape, i32))
 
 
-__all__ = ["Derived", "derive", "prepare"]
+__all__ = ["LENGTHS", "Derived", "Raised", "derive", "prepare", "raise_forward"]

@@ -1,10 +1,12 @@
 """JAX functions as xDSL modules, and xDSL modules called from JAX.
 
-What this project needs of JAX beyond its documented interface is in this file: registering a primitive, and merging
-its module into the one being lowered (``jax.interpreters.mlir``).
+What this project needs of JAX beyond its documented interface is in this file: registering a primitive, merging its
+module into the one being lowered (``jax.interpreters.mlir``), and computing while a function is traced
+(``jax.core.eval_context``).
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -28,6 +30,7 @@ from llmir_jax.mlir_import import LOC, import_module, make_context
 __all__ = [
     "LOC",
     "Executable",
+    "OnOneDevice",
     "call_executable",
     "call_module",
     "cleanup",
@@ -41,6 +44,7 @@ __all__ = [
     "lower_to_module",
     "make_context",
     "op_name",
+    "outside_of_traces",
 ]
 
 
@@ -69,6 +73,12 @@ def lower_to_module(fn: Callable[..., Any], *args: Any, platform: str | None = N
     return import_module(module)
 
 
+def outside_of_traces() -> AbstractContextManager[None]:
+    """A context in which functions of arrays give arrays, though the function that it is in be traced."""
+    context: AbstractContextManager[None] = jax.core.eval_context()
+    return context
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Executable:
     """A module as bytecode and the types of its @main: what a call holds. Equal only to itself."""
@@ -76,6 +86,14 @@ class Executable:
     bytecode: bytes
     inputs: tuple[jax.core.ShapedArray, ...]
     outputs: tuple[jax.core.ShapedArray, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OnOneDevice:
+    """What is called in place of a module where the program is for one device of a platform, in JAX's words."""
+
+    platform: str
+    executable: Executable
 
 
 _EXECUTABLES: WeakKeyDictionary[ModuleOp, Executable] = WeakKeyDictionary()
@@ -112,34 +130,42 @@ def _aval(type_: Attribute) -> jax.core.ShapedArray:
 
 _call = Primitive("llmir_call")
 _call.multiple_results = True
-_eager_call = jax.jit(_call.bind, static_argnames=("executable", "original"))
+_eager_call = jax.jit(_call.bind, static_argnames=("executable", "original", "on_one_device"))
 
 
-def _abstract_eval(*_: Any, executable: Executable, original: Any) -> tuple[jax.core.ShapedArray, ...]:
+def _abstract_eval(*_: Any, executable: Executable, **__: Any) -> tuple[jax.core.ShapedArray, ...]:
     return executable.outputs
 
 
-def _impl(*args: Any, executable: Executable, original: Any) -> Any:
+def _impl(*args: Any, **options: Any) -> Any:
     with jax.disable_jit(False):  # there is no eager form: without jit this would call itself
-        return _eager_call(*args, executable=executable, original=original)
+        return _eager_call(*args, **options)
 
 
-def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, executable: Executable, original: Any) -> Any:
+def _lowering(
+    ctx: mlir.LoweringRuleContext, *args: Any, executable: Executable, original: Any, on_one_device: OnOneDevice | None
+) -> Any:
     target = ctx.module_context
+    if on_one_device is not None and _is_one_device(target, on_one_device.platform):
+        executable = on_one_device.executable
     module = ir.Module.parse(executable.bytecode, context=target.context)
     results = list(ir.SymbolTable(module.operation)["main"].type.results)
     name = mlir.merge_mlir_modules(target.module, "llmir_main", module, dst_symtab=target.symbol_table)
     return mlir_func.CallOp(results, ir.FlatSymbolRefAttr.get(name), list(args)).results
 
 
-def _jvp(primals: Any, tangents: Any, *, executable: Executable, original: Callable[..., Any] | None) -> Any:
+def _is_one_device(target: Any, platform: str) -> bool:
+    return tuple(target.platforms) == (platform,) and getattr(target.axis_context, "num_devices", None) == 1
+
+
+def _jvp(primals: Any, tangents: Any, *, original: Callable[..., Any] | None, **_: Any) -> Any:
     if original is None:
         raise LlmirError("a compiled module has no derivative: differentiate the function it was compiled from")
     instantiated = tuple(map(ad.instantiate_zeros, tangents))
     return jax.jvp(original, primals, instantiated)
 
 
-def _batch(args: Any, dims: Any, *, executable: Executable, original: Callable[..., Any] | None) -> Any:
+def _batch(args: Any, dims: Any, *, original: Callable[..., Any] | None, **_: Any) -> Any:
     if original is None:
         raise LlmirError("a compiled module has no vmap: apply vmap to the function it was compiled from")
     outs = jax.vmap(original, in_axes=tuple(dims))(*args)
@@ -154,7 +180,10 @@ batching.primitive_batchers[_call] = _batch
 
 
 def call_module(
-    module: ModuleOp, *args: ArrayLike, original: Callable[..., list[jax.Array]] | None = None
+    module: ModuleOp,
+    *args: ArrayLike,
+    original: Callable[..., list[jax.Array]] | None = None,
+    on_one_device: OnOneDevice | None = None,
 ) -> list[jax.Array]:
     """Call the @main of a module on arrays: eagerly, or inside ``jit`` and all that composes with it.
 
@@ -165,16 +194,20 @@ def call_module(
         args: one array for each argument of @main, of its shape and dtype.
         original: a function of the same arrays with the same list of results, which ``vmap`` and differentiation use
             in the module's place. Pass the same object at each call. Without one they raise LlmirError.
+        on_one_device: what takes the module's place where it can; with the same arguments and results.
 
     Raises:
         LlmirError: the arguments are not what @main takes.
         InvalidIRError: the module cannot be exported.
     """
-    return call_executable(executable(module), *args, original=original)
+    return call_executable(executable(module), *args, original=original, on_one_device=on_one_device)
 
 
 def call_executable(
-    executable: Executable, *args: ArrayLike, original: Callable[..., list[jax.Array]] | None = None
+    executable: Executable,
+    *args: ArrayLike,
+    original: Callable[..., list[jax.Array]] | None = None,
+    on_one_device: OnOneDevice | None = None,
 ) -> list[jax.Array]:
     """`call_module` of a module that was exported before."""
     if len(args) != len(executable.inputs):
@@ -183,4 +216,4 @@ def call_executable(
         got = jax.typeof(arg)
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise LlmirError(f"argument {i} of @main must be {expected}, got {got}")
-    return list(_call.bind(*args, executable=executable, original=original))
+    return list(_call.bind(*args, executable=executable, original=original, on_one_device=on_one_device))

@@ -2,25 +2,23 @@
 
 Called, it is a drop-in for `jax.jit` of the same function: the function is traced, its module goes through the passes,
 and the result is called in its place, inside a `jax.jit` whose cache decides when to do that again. Differentiation and
-`vmap` apply to the original function.
+`vmap` apply to the original function. On a TPU or an NVIDIA GPU attention is flash attention, where that is shown to be
+the same (see `direct_call`); `forward.lower(model, tokens).report()` says where.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
-from xdsl.dialects.builtin import ModuleOp
 
 from llmir_jax.errors import LlmirError
-from llmir_jax.interop import call_module
 from llmir_jax.placement import MeshOption, check_mesh
 from llmir_jax.quantization import Quantize, check_quantize
 from llmir_jax.trace import (
     ModelTree,
-    Traced,
     check_values,
     flatten_model,
     is_array_like,
@@ -28,6 +26,11 @@ from llmir_jax.trace import (
     shape_of,
     trace_flat,
 )
+
+if TYPE_CHECKING:
+    from llmir_jax.direct_call import DirectCall
+    from llmir_jax.report import CallReport
+    from llmir_jax.trace import Traced
 
 TARGETS = ("cpu", "gpu", "gpu-mosaic", "tpu", "reference")
 STAGES = ("stablehlo", "llm", "target")
@@ -70,7 +73,8 @@ def jit(
             (see `sharding`). A direct call computes where its arguments are.
         target: of a decoder: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version
             the CPU has native code, TPUs and NVIDIA GPUs have kernels, and what has none runs as its reference
-            decomposition, compiled by XLA. "gpu-mosaic" is "gpu" with another kernel of attention, for an H100.
+            decomposition, compiled by XLA. "gpu-mosaic" is "gpu" with another kernel of attention, for an H100. A direct
+            call runs where its arguments are; "reference" and "cpu" keep its attention as it is written.
 
     Returns:
         A `Jitted`, or without ``fn`` a decorator that makes one.
@@ -106,8 +110,7 @@ class Jitted:
         self._mesh = mesh
 
         def call_flat(params: list[jax.Array], tokens: jax.Array, tree: ModelTree) -> Any:
-            traced, module = self._compile(list(map(shape_of, params)), tree, shape_of(tokens))
-            return _call(traced, module, params, tokens)
+            return self._compile(list(map(shape_of, params)), tree, shape_of(tokens))(params, tokens)
 
         def call(model: Any, tokens: jax.Array) -> Any:
             params, tree = flatten_model(model)
@@ -137,9 +140,9 @@ class Jitted:
         model, tokens = self._bind(args, kwargs)
         arrays, tree = flatten_model(model)
         shapes = [shape_of(array) for array in arrays]
-        traced, module = self._compile(shapes, tree, shape_of(tokens))
-        call = jax.jit(_named(lambda params, tokens: _call(traced, module, params, tokens), self._name))
-        return Lowered(name=self._name, traced=traced, module=module, lowered=call.lower(shapes, shape_of(tokens)))
+        direct = self._compile(shapes, tree, shape_of(tokens))
+        call = jax.jit(_named(lambda params, tokens: direct(params, tokens), self._name))
+        return Lowered(name=self._name, direct=direct, lowered=call.lower(shapes, shape_of(tokens)))
 
     def decoder(self, model: Any, **options: Any) -> Any:
         """The decoder that serves this forward for a model. Options: see `llmir_jax.decoder.Decoder.build`."""
@@ -166,21 +169,29 @@ class Jitted:
 
     def _compile(
         self, params: list[jax.ShapeDtypeStruct], tree: ModelTree, tokens: jax.ShapeDtypeStruct
-    ) -> tuple[Traced, ModuleOp]:
-        from llmir_jax.pipeline import compile_forward  # here, since the pipeline is not needed to decorate
+    ) -> "DirectCall":
+        from llmir_jax.direct_call import direct_call  # here, since the pipeline is not needed to decorate
+        from llmir_jax.target_choice import flash_lowering
 
-        traced = trace_flat(self._fn, params, tree, tokens)
-        return traced, compile_forward(traced.module.clone())
+        def trace_at(length: int) -> "Traced":
+            batch = jax.ShapeDtypeStruct((*tokens.shape[:-1], length), tokens.dtype)
+            return trace_flat(self._fn, params, tree, batch, fold=False)
+
+        return direct_call(trace_flat(self._fn, params, tree, tokens), trace_at, flash_lowering(self._target))
 
 
 class Lowered:
     """A forward compiled by the passes for fixed shapes, not yet by XLA. In the manner of `jax.stages.Lowered`."""
 
-    def __init__(self, *, name: str, traced: Traced, module: ModuleOp, lowered: jax.stages.Lowered):
+    def __init__(self, *, name: str, direct: "DirectCall", lowered: jax.stages.Lowered):
         self._name = name
-        self._traced = traced
-        self._module = module
+        self._traced = direct.traced
+        self._direct = direct
         self._lowered = lowered
+
+    def report(self) -> "CallReport":
+        """What serves the attention of the forward, and why not a kernel where none does."""
+        return self._direct.report
 
     @property
     def out_info(self) -> Any:
@@ -194,7 +205,7 @@ class Lowered:
         if stage == "stablehlo":
             return text_of(self._traced.module)
         if stage == "llm":
-            return text_of(self._module)
+            return self._direct.text
         if stage == "target":
             return self._lowered.as_text()
         raise LlmirError(f"as_text: stage must be one of {_listed(STAGES)}, got {stage!r}")
@@ -207,7 +218,7 @@ class Lowered:
 class Compiled:
     """A forward compiled for fixed shapes. In the manner of `jax.stages.Compiled`."""
 
-    def __init__(self, *, name: str, traced: Traced, compiled: jax.stages.Compiled):
+    def __init__(self, *, name: str, traced: "Traced", compiled: jax.stages.Compiled):
         self._name = name
         self._traced = traced
         self._compiled = compiled
@@ -244,10 +255,6 @@ class Compiled:
     def memory_analysis(self) -> Any:
         """Bytes of arguments, results, temporaries and code. None where the backend does not say."""
         return self._compiled.memory_analysis()
-
-
-def _call(traced: Traced, module: ModuleOp, params: list[jax.Array], tokens: jax.Array) -> Any:
-    return traced.unflatten_result(call_module(module, *params, tokens, original=traced.flat_fn))
 
 
 def _named(fn: Callable[..., Any], name: str) -> Callable[..., Any]:

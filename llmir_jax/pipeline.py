@@ -155,9 +155,14 @@ def derive_step(
         kv_cache = derived.plan.kv_cache
     if kv_cache is not None:
         bits = KV_CACHES[kv_cache]
-        recorder.run(
-            module, KVCachePrecisionPass(dtype=kv_cache) if bits is None else KVCacheQuantizationPass(bits=bits)
+        # on a mesh there are no kernels
+        scales_for = target if placement is None else "reference"
+        kept_as = (
+            KVCachePrecisionPass(dtype=kv_cache)
+            if bits is None
+            else KVCacheQuantizationPass(bits=bits, target=scales_for)
         )
+        recorder.run(module, kept_as)
     recorder.run(module, RemoveDeadArgumentsPass(keep_inputs=True))
     cse(module)
     if placement is not None:
@@ -223,10 +228,4 @@ def specialize_step(
     )
 
 
-def compile_forward(module: ModuleOp) -> ModuleOp:
-    """What a direct call of the forward runs: the traced module, verified."""
-    module.verify()
-    return module
-
-
-__all__ = ["Recorder", "compile_forward", "derive_step", "for_attention", "specialize_step", "text_of"]
+__all__ = ["Recorder", "derive_step", "for_attention", "specialize_step", "text_of"]

@@ -15,8 +15,11 @@ class AttentionEntry:
     window: int | None
     softcap: float | None
     alibi: bool
-    cache_dtype: str
     served_by: str
+    cache_dtype: str | None = None
+    """Of a decoder."""
+    dtype: str | None = None
+    """Of the queries of a direct call."""
 
     def __str__(self) -> str:
         parts = [f"{self.num_heads} heads, {self.num_kv_heads} KV heads of {self.head_dim}", "causal"]
@@ -26,7 +29,27 @@ class AttentionEntry:
             parts.append(f"soft-cap {self.softcap:g}")
         if self.alibi:
             parts.append("ALiBi")
-        return f"{self.layers} layers: {', '.join(parts)}; cache {self.cache_dtype}; served by {self.served_by}"
+        if self.dtype is not None:
+            parts.append(self.dtype)
+        cache = "" if self.cache_dtype is None else f"; cache {self.cache_dtype}"
+        return f"{self.layers} layers: {', '.join(parts)}{cache}; served by {self.served_by}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallReport:
+    """What became of the attention of a forward that is called directly."""
+
+    attention: tuple[AttentionEntry, ...]
+    """Empty where attention was not looked for, or something is in the way: `notes` say what."""
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = ["attention", *(f"  {entry}" for entry in self.attention)] if self.attention else []
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True, kw_only=True)

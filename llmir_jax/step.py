@@ -32,7 +32,7 @@ from llmir_jax.transforms import signature
 from llmir_jax.transforms.kv_cache_allocation import LAYER, RESULT
 from llmir_jax.transforms.kv_cache_pruning import WINDOW
 from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass, Unserved
-from llmir_jax.transforms.memory_planning import parts_of
+from llmir_jax.transforms.memory_planning import part_bytes, parts_of
 from llmir_jax.transforms.pipeline_partitioning import CARRIED
 from llmir_jax.transforms.sharding_attributes import of_argument
 from llmir_jax.weights import Weight, WeightSource, describe, fill
@@ -69,9 +69,10 @@ def cache_groups_of(
         pages = args[indices[0]].type
         assert isinstance(pages, TensorType | llm.QuantizedTensorType)
         num_pages, page_size, num_kv_heads, head_dim = pages.get_shape()
-        quantized_bits = None
+        quantized_bits, side_bytes = None, 0
         if isinstance(pages, llm.QuantizedTensorType):
             quantized_bits = pages.integer_type.width.data
+            side_bytes = sum(part_bytes(part) for part in pages.parts()[1:]) // (num_pages * page_size * num_kv_heads)
         groups.append(
             CacheGroup(
                 num_layers=len(indices),
@@ -79,6 +80,7 @@ def cache_groups_of(
                 head_dim=head_dim,
                 dtype=element_dtype(pages.element_type),
                 quantized_bits=quantized_bits,
+                side_bytes=side_bytes,
                 row_width=row_width(indices[0]),
                 window=_number(attributes[indices[0]], WINDOW),
                 num_pages=num_pages,
@@ -286,14 +288,16 @@ class DerivedStep:
         """Arguments that hold pages as a kernel wants them."""
         return frozenset() if self.kernels is None else self.kernels.kernel_pages(self._derived.module)
 
-    def _stored_type(self, index: int) -> Attribute:
-        """The type of an argument that holds pages, as a kernel wants it where one serves it."""
+    def _stored_types(self, index: int) -> Sequence[Attribute]:
+        """The types of the arrays that hold an argument of pages, as a kernel wants them where one serves it."""
         kind = self._args[index].type
-        return self.kernels.page_type(kind) if self.kernels is not None and index in self._kernel_pages else kind
+        if self.kernels is not None and index in self._kernel_pages:
+            return self.kernels.page_types(kind)
+        return kind.parts() if isinstance(kind, llm.QuantizedTensorType) else (kind,)
 
     def _row_width(self, index: int) -> int | None:
         """Elements of a row of these pages, where a kernel wants them in rows."""
-        kind = self._stored_type(index)
+        kind = self._stored_types(index)[0]
         return kind.get_shape()[2] if isinstance(kind, TensorType) and index in self._kernel_pages else None
 
     def _role(self, index: int) -> str | None:
@@ -312,10 +316,8 @@ class DerivedStep:
                     for part, own in parts_of(kind, spec)
                 ]
                 return tuple(parts) if isinstance(kind, llm.QuantizedTensorType) else parts[0]
-            kind = self._stored_type(index)
-            if isinstance(kind, llm.QuantizedTensorType):
-                return tuple(_zeros(part) for part in kind.parts())
-            return _zeros(kind)
+            arrays = tuple(map(_zeros, self._stored_types(index)))
+            return arrays if isinstance(self._args[index].type, llm.QuantizedTensorType) else arrays[0]
 
         layers: dict[int, dict[int, dict[str, Pages]]] = {}
         for index, attributes in enumerate(self._attributes):

@@ -7,10 +7,11 @@ import jax
 from llmir_jax.errors import LlmirError
 from llmir_jax.targets.gpu import kernels_for
 from llmir_jax.transforms.hardware_specific_quantization import LAYOUTS
+from llmir_jax.transforms.lower_to_flash import LowerToFlashPass
 from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
 from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass
 from llmir_jax.transforms.lower_to_tpu import LowerToTpuPass
-from pallas_kernels.chips import Chip, chip_of
+from pallas_kernels.chips import Chip, UnknownChipError, chip_of, limits_of
 
 GPU = ("gpu", "gpu-mosaic")
 """Targets of an NVIDIA GPU: with Triton's kernel of attention, or with that of Pallas through Mosaic GPU."""
@@ -79,4 +80,17 @@ class TargetChoice:
         return "float16" if this_host().has_half else None
 
 
-__all__ = ["TargetChoice", "check_target"]
+def flash_lowering(target: str | None) -> LowerToFlashPass | str:
+    """How a direct call's attention is lowered to flash attention on the device that JAX uses; or why it is not."""
+    platform = jax.default_backend()
+    if target in ("reference", "cpu"):
+        return f"target={target!r}"
+    if platform not in ("tpu", "gpu"):
+        return f"JAX runs on {platform}"
+    try:
+        return LowerToFlashPass(chip=limits_of(jax.devices()[0]).name)
+    except UnknownChipError as error:
+        return str(error)
+
+
+__all__ = ["TargetChoice", "check_target", "flash_lowering"]

@@ -17,6 +17,8 @@ from llmir_jax.errors import InvalidIRError
 from llmir_jax.models.llama import Llama, LlamaConfig
 from llmir_jax.pipeline import text_of
 from llmir_jax.target_choice import TargetChoice
+from llmir_jax.transforms import signature
+from llmir_jax.transforms.kv_cache_quantization import KVCacheQuantizationPass
 from llmir_jax.transforms.lower_to_gpu import LowerToGpuPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
 from pallas_kernels.chips import chip_named
@@ -99,10 +101,26 @@ def test_the_target_chooses_the_kernel_of_attention(
     assert choice.kernels == LowerToGpuPass(chip="h100", attention=attention)
 
 
+@needs_plugin
+def test_int8_pages_are_integers_and_scales_as_the_kernel_reads_them() -> None:
+    module = derived()
+    KVCacheQuantizationPass(bits=8, target="gpu").apply(Context(), module)
+    lower = LowerToGpuPass(max_tokens=16, chip="t4")
+    assert lower.unserved(module) == {}
+    assert len(lower.kernel_pages(module)) == 4
+    SpecializeTokensPass(tokens=16).apply(Context(), module)
+    lower.apply(Context(), module)
+    module.verify()
+    assert text_of(module).count("@triton_kernel_call_ffi") == 2
+    main = main_function(module)
+    pages = [str(arg.type) for role in ("k_pages", "v_pages") for arg in signature.arguments(main, role)]
+    assert pages == ["tensor<16x16x32xi8>", "tensor<16x2x16xf32>"] * 4
+
+
 @pytest.mark.parametrize(
     ("config", "options", "reason"),
     [
-        (CONFIG, {"kv_cache": "int8"}, "pages are int8 with a float16 scale"),
+        (CONFIG, {"kv_cache": "int4"}, "pages are int4 with a float16 scale and a minimum"),
         (replace(CONFIG, head_dim=320), {}, "head_dim 320 is larger than 256"),
     ],
 )

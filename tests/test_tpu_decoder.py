@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -36,7 +37,7 @@ ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1, windows=(None,))
 
 def decoder(page_size: int = 16, config: LlamaConfig = CONFIG, **options: object) -> llmir.Decoder:
     model = Llama(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    sizes = {"num_pages": 256 // page_size, "max_seqs": 3, "buckets": (3, 16), "burst": 0.0}
+    sizes = {"num_pages": max(4, 256 // page_size), "max_seqs": 3, "buckets": (3, 16), "burst": 0.0}
     return forward.decoder(model, page_size=page_size, interpret=True, **(sizes | options))
 
 
@@ -61,13 +62,31 @@ def test_served_by_the_kernel() -> None:
     ("options", "reason"),
     [
         ({"page_size": 4}, "page_size 4 is no multiple of 8"),
-        ({"kv_cache": "int8"}, "pages are int8 with a float16 scale"),
+        ({"kv_cache": "int8"}, "page_size 16 is no multiple of 128, which int8 pages need"),
+        ({"kv_cache": "int4"}, "pages are int4 with a float16 scale and a minimum for a head"),
     ],
 )
 def test_what_the_kernel_does_not_serve(options: dict[str, object], reason: str) -> None:
     report = decoder(config=ONE_LAYER, **options, verify=False).report()
     assert reason in report.served_by["llm.attend_pages"]
     assert "reference" in report.served_by["llm.attend_pages"]
+
+
+def test_int8_pages_are_those_of_the_reference_decomposition() -> None:
+    served, reference = (decoder(size, ONE_LAYER, kv_cache="int8") for size in (128, 16))
+    title = served.report().served_by["llm.attend_pages"]
+    assert title.startswith("the Pallas kernel of ragged paged attention, interpreted")
+    assert "reference" in reference.report().served_by["llm.attend_pages"]
+    (group,) = served.cache_groups
+    assert group.nbytes == sum(array.nbytes for array in jax.tree.leaves(served._step.init_cache()))
+    assert group.nbytes == 2 * 4 * 128 * (128 + 2 * 4)  # pages of 128 tokens, of 2 heads of 64 and their scales
+    # both round as much against the forward, to a hundredth of that: what they attend to is the same integers
+    errors = [each._check.error for each in (served, reference)]
+    assert errors[0] > 1e-3
+    assert abs(errors[0] - errors[1]) < 1e-2 * errors[0]
+    prompts = [[1, 2, 3], list(range(20)), [7]]
+    params = llmir.SamplingParams(max_tokens=6, temperature=0.0)
+    assert served.generate(prompts, params) == reference.generate(prompts, params)
 
 
 def test_quantized_products_have_a_kernel() -> None:

@@ -23,6 +23,12 @@ Weights = Callable[[Array, Array], Array]
 
 EXHAUSTIVE = 1024
 """Every pair of a query and a key below this position is judged, in tokens; beyond it, pairs drawn at random."""
+LARGE_LOGITS = (24.0, 200.0)
+"""How far large scores are apart: a float32 holds exp(3 · 24), the largest of the first."""
+LARGEST_STEP = 1e4
+"""Of large scores: float16 holds three times that."""
+COARSE = 1e-3
+"""A tolerance above it is of floats of 16 bits."""
 LEAK = 1e-9
 """A weight larger than this for a key that the form hides is a leak, whatever the dtype: masks hide by far more."""
 
@@ -105,10 +111,30 @@ def classify(
             )
             if reason := _mismatch(weights(scores, positions), form, scores, positions, tolerance):
                 return reason
+    for step in _large_steps(form, tolerance):
+        scores = (step * rng.integers(-3, 4, (heads, length, length))).astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            got = weights(scores, near)
+        got = np.where(np.isfinite(got).all(-1, keepdims=True), got, expected_weights(form, scores, near))
+        if reason := _mismatch(got, form, scores, near, tolerance):
+            return f"of scores {step * abs(form.score.scale):.0f} apart, {reason}"
     for positions in _every_pair(length, min(max_seq_len, EXHAUSTIVE)):
         if reason := _mismatch(weights(zeros, positions), form, zeros, positions, tolerance):
             return reason
     return form
+
+
+def _large_steps(form: MaskForm, tolerance: float) -> list[float]:
+    """Steps of scores that are far apart, to show what is clipped and masks that are not low enough.
+
+    A row's weights then are the shares of its equal largest scores, and rounding changes nothing, but for what a
+    soft-cap or slopes bring close again, which 16 bits are too few for. Weights that overflow, of a softmax that
+    subtracts no maximum, say nothing.
+    """
+    if (form.slopes is not None or form.score.softcap is not None) and tolerance > COARSE:
+        return []
+    scale = max(abs(form.score.scale), 1e-6)
+    return [min(logit / scale, LARGEST_STEP) for logit in LARGE_LOGITS]
 
 
 def _not_causal(weights: Array, positions: Array, tolerance: float) -> str | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmir_jax.bench.gpu_flash import flash_results
 from llmir_jax.bench.gpu_scale import Scale, arguments_of, masking_of
 from pallas_kernels.chips import Chip, chip_named
 from pallas_kernels.paged_attention import mosaic_gpu
@@ -54,6 +55,8 @@ def correctness(scale: Scale, chip: Chip) -> Iterator[list[str]]:
         got = _run_product(x, weight, hooks, interpret=scale.interpret)
         y = quantized_matmul(x, weight, hooks, backend="reference")
         yield _row("quantized matmul", product.name, got, y, TOLERANCE[product.x_dtype])
+    for name, shape, got, y in flash_results(scale.flash, interpret=scale.interpret):
+        yield _row(name, shape.name, got, y, TOLERANCE[shape.dtype])
 
 
 def _row(kernel: str, shape: str, out: Any, expected: Any, tolerance: float, *, same: bool = True) -> list[str]:

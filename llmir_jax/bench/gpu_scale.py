@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llmir_jax.bench.gpu_flash import LONGEST
 from llmir_jax.bench.shapes import SHAPES
 from llmir_jax.models.llama import LlamaConfig
+from pallas_kernels.flash_attention import arg_specs as flash
 from pallas_kernels.paged_attention.arg_specs import SPECS, ArgSpec, random_arguments
 from pallas_kernels.paged_attention.types import Masking
 from pallas_kernels.quantized_matmul import arg_specs as products
@@ -32,6 +34,7 @@ class Scale:
     interpret: bool
     specs: tuple[ArgSpec, ...]
     products: tuple[products.ArgSpec, ...]
+    flash: tuple[flash.ArgSpec, ...]
     copy_bytes: int
     matmul_size: int
     iterations: int
@@ -56,6 +59,7 @@ def full(dtype: str) -> Scale:
         interpret=False,
         specs=(*SPECS, replace(decode, name="llama-3-8b-decode-float16", dtype="float16", page_dtype="float16")),
         products=products.SPECS,
+        flash=tuple(replace(spec, seq_len=min(spec.seq_len, LONGEST)) for spec in flash.SPECS),
         copy_bytes=GIB,
         matmul_size=8192,
         iterations=20,
@@ -105,6 +109,7 @@ def dry() -> Scale:
             replace(small, name="small-bfloat16", head_dim=64, dtype="bfloat16", page_dtype="bfloat16"),
         ),
         products=(product, rounded),
+        flash=(flash.ArgSpec(name="small", num_heads=4, num_kv_heads=2, head_dim=16, seq_len=20, dtype="float32"),),
         copy_bytes=2**20,
         matmul_size=64,
         iterations=2,

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llmir_jax.bench.gpu_flash import NAMES, flash_call, served
 from llmir_jax.bench.gpu_right import first_line
 from llmir_jax.bench.gpu_scale import Scale, arguments_of, masking_of, timed_products
 from pallas_kernels.chips import Chip
+from pallas_kernels.flash_attention import arg_specs as flash
+from pallas_kernels.flash_attention.api import Backend
 from pallas_kernels.paged_attention import mosaic_gpu
 from pallas_kernels.paged_attention.arg_specs import ArgSpec
 from pallas_kernels.paged_attention.gpu import paged_attention_gpu
@@ -66,6 +69,29 @@ def attention_speed(scale: Scale, dtype: str, chip: Chip, measured: tuple[float,
     operations = 2 * prefill.num_heads * prefill.head_dim * length * (length + 1)
     name = f"paged attention, prefill of {length}"
     yield from _attention_rows(scale, prefill, chip, name, operations, flops, ("TFLOP/s", TERA))
+    whole = flash.ArgSpec(
+        name="whole",
+        num_heads=prefill.num_heads,
+        num_kv_heads=prefill.num_kv_heads,
+        head_dim=prefill.head_dim,
+        seq_len=length,
+        dtype=prefill.dtype,
+    )
+    for backend in () if scale.interpret else served(whole):
+        title = f"{NAMES[backend]}, {length} tokens"
+        try:
+            taken = _flash_seconds(scale, whole, backend)
+        except Exception as error:  # whatever a compiler says: the rest is to be measured all the same
+            yield [title, f"FAILED: {first_line(error)}", "", "", ""]
+            continue
+        rate = operations / taken
+        yield [title, f"{1e3 * taken:.3f}", f"{rate / TERA:,.1f} TFLOP/s", f"{rate / flops:.2f}", ""]
+
+
+def _flash_seconds(scale: Scale, spec: flash.ArgSpec, backend: Backend) -> float:
+    call = flash_call(spec, backend)
+    q, k, v, _ = flash.random_arguments(spec)
+    return seconds(lambda state: (call(*state), state[1], state[2]), (q, k, v), scale.iterations)
 
 
 def _attention_rows(

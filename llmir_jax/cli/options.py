@@ -57,8 +57,8 @@ quantize_option = click.option(
     "--quantize",
     multiple=True,
     metavar="SCHEME|RULE",
-    help="Weights as int8, int4, w8a16, w4a16, w8a8, int4-g64 …, mixed-4.5 (bits), or none. Or rules, one a -q, the first "
-    "that matches a parameter's path decides: -q 'layers/.*/mlp=int4' -q 'embed=int8' -q '.*norm=none'.",
+    help="Weights as int8, int4, w8a16, w4a16, w8a8, int4-g64 …, mixed-4.5 (bits), or none. Or rules, one a -q, the "
+    "first that matches a parameter's path decides: -q 'layers/.*/mlp=int4' -q 'embed=int8' -q '.*norm=none'.",
 )
 calibrate_option = click.option(
     "--calibrate", type=FILE, metavar="FILE", help="Text to run through the model for better rounding."

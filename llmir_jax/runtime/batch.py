@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 Pages = jax.Array | tuple[jax.Array, ...]
 """[num_pages, page_size, num_kv_heads, head_dim], or [num_pages, page_size, row_width] where a kernel wants that; of
-quantized ones (integers, scales [..., num_kv_heads, 1]); integers of 4 bits are packed into bytes [..., head_dim / 2],
-and have minima [..., num_kv_heads, 1] too."""
+quantized ones (integers, scales [..., num_kv_heads, 1]), or with a row_width scales [num_pages, num_kv_heads,
+page_size]; integers of 4 bits are packed into bytes [..., head_dim / 2], and have minima [..., num_kv_heads, 1] too."""
 
 Cache = tuple[tuple[tuple[Pages, Pages], ...], ...]
 """Per cache group, per layer of it: (k_pages, v_pages)."""
@@ -31,20 +31,19 @@ class CacheGroup:
     num_pages: int
     page_size: int
     quantized_bits: int | None = None
-    """4 or 8 where keys and values are integers with a float16 scale (4: and minimum) for each token and head."""
+    """4 or 8 where keys and values are integers with a scale (4: and minimum) for each token and head."""
+    side_bytes: int = 0
+    """Of a token's scale and minimum, for each head."""
     row_width: int | None = None
     """Elements that a token's keys, or values, take where pages are [num_pages, page_size, row_width]."""
 
     @property
     def nbytes(self) -> int:
         """Of all its page arrays."""
-        if self.row_width is not None:
-            tokens = 2 * self.num_layers * self.num_pages * self.page_size
-            return tokens * self.row_width * np.dtype(self.dtype).itemsize
-        rows = 2 * self.num_layers * self.num_pages * self.page_size * self.num_kv_heads
-        if self.quantized_bits is None:
-            return rows * self.head_dim * np.dtype(self.dtype).itemsize
-        return rows * (self.head_dim * self.quantized_bits // 8 + (4 if self.quantized_bits == 4 else 2))
+        numbers = self.num_kv_heads * self.head_dim if self.row_width is None else self.row_width
+        bits = 8 * np.dtype(self.dtype).itemsize if self.quantized_bits is None else self.quantized_bits
+        tokens = 2 * self.num_layers * self.num_pages * self.page_size
+        return tokens * (numbers * bits // 8 + self.num_kv_heads * self.side_bytes)
 
 
 class StepBatch(NamedTuple):

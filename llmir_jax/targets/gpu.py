@@ -31,14 +31,21 @@ def paged_kernel(chip: Chip, attention: str = "triton") -> PagedKernel:
     )
 
 
+def missing_triton() -> str | None:
+    """Why no Triton kernel can be part of a JAX program; None if one can."""
+    if importlib.util.find_spec("jax_triton") is not None:
+        return None
+    return "jax-triton is not installed: pip install 'llmir-jax[gpu]', with Python 3.12 or later and JAX 0.11"
+
+
 def kernels_for(device: jax.Device) -> Chip | str:
     """The chip that kernels are chosen for on a device, or why there are none."""
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed: pip install 'llmir-jax[gpu]', with Python 3.12 or later and JAX 0.11"
+    if (reason := missing_triton()) is not None:
+        return reason
     try:
         return limits_of(device)
     except UnknownChipError as error:
         return str(error)
 
 
-__all__ = ["kernels_for", "paged_kernel"]
+__all__ = ["kernels_for", "missing_triton", "paged_kernel"]

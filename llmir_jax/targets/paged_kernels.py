@@ -1,7 +1,7 @@
 """Writing a step's keys and values and attending to the pages as one call of a target's kernel.
 
 Page arrays of layers that the kernel serves are [num_pages, page_size, width]: a token's heads side by side, on a TPU
-padded to whole lane groups.
+padded to whole lane groups. Those of int8 have scales float32 [num_pages, num_kv_heads, page_size] after them.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from xdsl.dialects.builtin import TensorType
+from xdsl.dialects.builtin import Float32Type, TensorType, f32
 from xdsl.dialects.func import ReturnOp
 from xdsl.ir import Attribute, BlockArgument, Operation, SSAValue
 
@@ -41,15 +41,15 @@ class FusedAttention:
 
     @property
     def operands(self) -> list[SSAValue]:
-        """Of `function`."""
+        """Of `function`; quantized pages are two arrays each."""
         op = self.attend
         pages = [self.write.k_pages, self.write.v_pages]
         slopes = [] if op.slopes is None else [op.slopes]
         batch = [op.block_tables, op.seq_lens, op.seq_ids, op.num_tokens]
         return [op.q, self.write.k, self.write.v, *pages, *batch, *slopes]
 
-    def function(self, kernel: PagedKernel) -> Callable[..., tuple[Array, Array, Array]]:
-        """The attention's result and the new pages."""
+    def function(self, kernel: PagedKernel) -> Callable[..., tuple[Array, ...]]:
+        """The attention's result and the new arrays of pages, of keys and then of values."""
         op = self.attend
         masking = Masking(
             scale=float_of(op.scale),
@@ -59,25 +59,22 @@ class FusedAttention:
         )
         assert isinstance(op.output.type, TensorType)
         dtype = element_dtype(op.output.type.element_type)
+        is_quantized = isinstance(self.write.k_pages.type, llm.QuantizedTensorType)
 
-        def run(
-            q: Array,
-            k: Array,
-            v: Array,
-            k_pages: Array,
-            v_pages: Array,
-            tables: Array,
-            seq_lens: Array,
-            seq_ids: Array,
-            num_tokens: Array,
-            slopes: Array | None = None,
-        ) -> tuple[Array, Array, Array]:
+        def run(q: Array, k: Array, v: Array, *others: Array) -> tuple[Array, ...]:
+            if is_quantized:
+                keys, k_scales, values, v_scales, *rest = others
+                pages = KVPages(keys, values, k_scales, v_scales)
+            else:
+                keys, values, *rest = others
+                pages = KVPages(keys, values)
+            tables, seq_lens, seq_ids, num_tokens, *slopes = rest
             batch = ragged_batch(tables, seq_lens, seq_ids, num_tokens)
             common = jnp.promote_types(q.dtype, jnp.promote_types(k.dtype, v.dtype))
             q, k, v = (x.astype(common) for x in (q, k, v))
-            pages = KVPages(k_pages, v_pages)
-            out, new = kernel.run(q, k, v, pages, batch, masking, slopes)
-            return out.astype(dtype), new.k, new.v
+            out, new = kernel.run(q, k, v, pages, batch, masking, slopes[0] if slopes else None)
+            arrays = (new.k, new.k_scales, new.v, new.v_scales)
+            return out.astype(dtype), *(array for array in arrays if array is not None)
 
         return run
 
@@ -86,11 +83,10 @@ class FusedAttention:
         write, op = self.write, self.attend
         kinds = (write.k_pages.type, write.v_pages.type)
         for kind in kinds:
-            if isinstance(kind, llm.QuantizedTensorType):
+            if isinstance(kind, llm.QuantizedTensorType) and not _has_kernel_scales(kind):
                 bits, scale = kind.integer_type.width.data, element_dtype(kind.scale_type)
-                return (
-                    f"pages are int{bits} with a {scale} scale beside each head, the kernel's have scales of their own"
-                )
+                minimum = "" if kind.is_symmetric else " and a minimum"
+                return f"pages are int{bits} with a {scale} scale{minimum} for a head, the kernel's int8 with a float32"
         if kinds[0] != kinds[1]:
             return f"keys and values differ, {kinds[0]} and {kinds[1]}"
         if not isinstance(write.k_pages, BlockArgument) or not isinstance(write.v_pages, BlockArgument):
@@ -108,7 +104,9 @@ class FusedAttention:
         )
         if any(a is not b for a, b in same):
             return "keys are written for other tokens than those that attend"
-        num_pages, page_size, num_kv_heads, head_dim = shape_of(write.k_pages)
+        kind = kinds[0]
+        assert isinstance(kind, TensorType | llm.QuantizedTensorType)
+        num_pages, page_size, num_kv_heads, head_dim = kind.get_shape()
         num_seqs, pages_per_seq = shape_of(op.block_tables)
         return kernel.unsupported_reason(
             Sizes(
@@ -121,7 +119,7 @@ class FusedAttention:
                 num_seqs=num_seqs,
                 pages_per_seq=pages_per_seq,
                 q_dtype=jnp.promote_types(dtype_of(op.q), jnp.promote_types(dtype_of(write.k), dtype_of(write.v))),
-                page_dtype=dtype_of(write.k_pages),
+                page_dtype=element_dtype(kind.element_type),
             )
         )
 
@@ -149,11 +147,21 @@ def find_attention(ops: list[Operation]) -> list[FusedAttention]:
     ]
 
 
-def served_pages(kind: Attribute, kernel: PagedKernel) -> TensorType[Any]:
-    """The array that holds pages [num_pages, page_size, num_kv_heads, head_dim] for the kernel."""
-    assert isinstance(kind, TensorType)
+def _has_kernel_scales(kind: llm.QuantizedTensorType) -> bool:
+    """Whether these are pages whose integers and scales kernels read, in an order of their own."""
+    is_whole = kind.elements_per_group == kind.get_shape()[-1]
+    is_int8 = kind.is_symmetric and kind.integer_type.width.data == 8
+    return is_int8 and is_whole and isinstance(kind.scale_type, Float32Type)
+
+
+def served_pages(kind: Attribute, kernel: PagedKernel) -> tuple[TensorType[Any], ...]:
+    """The arrays that hold pages [num_pages, page_size, num_kv_heads, head_dim] for the kernel."""
+    assert isinstance(kind, TensorType | llm.QuantizedTensorType)
     num_pages, page_size, num_kv_heads, head_dim = kind.get_shape()
-    return tensor((num_pages, page_size, kernel.page_width(num_kv_heads, head_dim)), kind.element_type)
+    rows = tensor((num_pages, page_size, kernel.page_width(num_kv_heads, head_dim)), kind.element_type)
+    if isinstance(kind, TensorType):
+        return (rows,)
+    return rows, tensor((num_pages, num_kv_heads, page_size), f32)
 
 
 __all__ = ["FusedAttention", "PagedKernel", "find_attention", "ragged_batch", "served_pages"]

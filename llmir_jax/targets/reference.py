@@ -6,6 +6,7 @@ functions of one device's values, and the ops of an abstract KV cache are lowere
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -149,9 +150,15 @@ def _attention(op: llm.AttentionOp) -> Reference:
         positions = given.pop("positions", None)
         if positions is None:
             positions = jnp.arange(given["q"].shape[0], dtype=jnp.int32)
-        return attention(**given, scoring=scoring, q_positions=positions).astype(dtype)
+        with matmul_precision(op):
+            return attention(**given, scoring=scoring, q_positions=positions).astype(dtype)
 
     return run
+
+
+def matmul_precision(op: llm.AttentionOp) -> AbstractContextManager[Any]:
+    """A context in which products are as precise as the attention's are to be."""
+    return jax.default_matmul_precision("highest") if op.is_precise else nullcontext()
 
 
 def _sequence_parallel_attention(op: llm.SequenceParallelAttentionOp) -> Reference:

@@ -52,6 +52,7 @@ def compile_for_tpu(
     page_size: int = 128,
     max_seq_len: int | None = None,
     quantize: Quantize = None,
+    kv_cache: str | None = None,
 ) -> list[CompiledStep]:
     """Derive the step of `forward` and compile it for the first device of a topology, for each number of tokens.
 
@@ -60,6 +61,7 @@ def compile_for_tpu(
         topology: its name, as of `jax.experimental.topologies`: "v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1".
         tokens: numbers of token rows, as a decoder's `buckets`.
         quantize: as of a decoder, without a calibration.
+        kv_cache: as of a decoder.
 
     Raises:
         LlmirError: libtpu is not installed, does not know the topology, or finds that the step does not fit the device.
@@ -91,6 +93,7 @@ def compile_for_tpu(
         num_pages=num_pages,
         recorder=recorder,
         plan_weights=None if quantize is None else plan,
+        kv_cache=kv_cache,
         target="tpu",
     )
     lower = LowerToTpuPass(max_tokens=max(tokens), chip=chip_of(device).name)

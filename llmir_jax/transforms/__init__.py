@@ -18,6 +18,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "kv-cache-quantization": ("kv_cache_quantization", "KVCacheQuantizationPass"),
     "kv-cache-sharding": ("kv_cache_sharding", "KVCacheShardingPass"),
     "lower-to-cpu": ("lower_to_cpu", "LowerToCpuPass"),
+    "lower-to-flash": ("lower_to_flash", "LowerToFlashPass"),
     "lower-to-gpu": ("lower_to_gpu", "LowerToGpuPass"),
     "lower-to-reference": ("lower_to_reference", "LowerToReferencePass"),
     "lower-to-tpu": ("lower_to_tpu", "LowerToTpuPass"),

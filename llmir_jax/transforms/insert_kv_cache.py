@@ -97,6 +97,7 @@ class InsertKVCachePass(ModulePass):
                 slopes=op.slopes,
                 seq_ids=seq_ids,
                 positions=positions,
+                precise=op.is_precise,
             )
             attended = build.insert(attention).results[0]
             out = build.slice(attended, (0, 0, 0), shape_of(op.output))

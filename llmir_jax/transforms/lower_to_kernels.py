@@ -22,7 +22,6 @@ from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, TensorType
 from xdsl.ir import Attribute, BlockArgument, Operation
 from xdsl.passes import ModulePass
-from xdsl.rewriter import Rewriter
 
 from llmir_jax.analysis.align import main_function
 from llmir_jax.dialects import llm
@@ -101,10 +100,13 @@ class LowerToKernelsPass(ModulePass, ABC):
         main = main_function(op)
         lowering = Lowering(module=op, num_devices=None, kernel=self.kernel)
         kernel = self.paged_kernel
-        for fused, reason in self._attention(op):
-            if reason is None:
-                _fuse(lowering, fused, kernel, self.platform)
-        signature.sync(main)
+        served = [fused for fused, reason in self._attention(op) if reason is None]
+        for fused in served:
+            _retype_pages(lowering, fused, kernel)
+        lowering.expand_arguments(main)
+        for fused in served:
+            _fuse(lowering, fused, kernel, self.platform)
+        main.update_function_type()
         lower_module(lowering)
 
     def unserved(self, module: ModuleOp) -> Unserved:
@@ -137,28 +139,43 @@ class LowerToKernelsPass(ModulePass, ABC):
             if isinstance(pages, BlockArgument)
         )
 
-    def page_type(self, kind: Attribute) -> TensorType[Any]:
-        """The array that holds pages of this type where a kernel serves them."""
+    def page_types(self, kind: Attribute) -> tuple[TensorType[Any], ...]:
+        """The arrays that hold pages of this type where a kernel serves them."""
         return served_pages(kind, self.paged_kernel)
+
+
+def _retype_pages(lowering: Lowering, fused: FusedAttention, kernel: PagedKernel) -> None:
+    for pages in (fused.write.k_pages, fused.write.v_pages):
+        kinds = served_pages(pages.type, kernel)
+        if isinstance(pages.type, llm.QuantizedTensorType):
+            lowering.part_types[pages] = kinds
+        else:
+            (kind,) = kinds
+            signature.retype(pages, kind)
 
 
 def _fuse(lowering: Lowering, fused: FusedAttention, kernel: PagedKernel, platform: str | None) -> None:
     attend, write = fused.attend, fused.write
-    for pages in (write.k_pages, write.v_pages):
-        signature.retype(pages, served_pages(pages.type, kernel))
-    results = lowering.call(
+    pages = lowering.flat([write.k_pages, write.v_pages])
+    output, *new = lowering.call(
         attend,
         "llm.paged_attention",
         fused.function(kernel),
-        fused.operands,
-        [attend.output.type, write.k_pages.type, write.v_pages.type],
+        lowering.flat(fused.operands),
+        [attend.output.type, *(array.type for array in pages)],
         platform=platform,
     )
-    for old, new in zip((attend.output, write.new_k_pages, write.new_v_pages), results, strict=True):
-        new.name_hint = old.name_hint
-        old.replace_all_uses_with(new)
-    Rewriter.erase_op(attend)
-    Rewriter.erase_op(write)
+    output.name_hint = attend.output.name_hint
+    attend.output.replace_all_uses_with(output)
+    half = len(new) // 2
+    for old, arrays in ((write.new_k_pages, new[:half]), (write.new_v_pages, new[half:])):
+        for array in arrays:
+            array.name_hint = old.name_hint
+        if isinstance(old.type, llm.QuantizedTensorType):
+            lowering.parts[old] = arrays
+        else:
+            old.replace_all_uses_with(arrays[0])
+    lowering.lowered += [write, attend]
 
 
 __all__ = ["LowerToKernelsPass", "Unserved"]

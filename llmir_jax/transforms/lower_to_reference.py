@@ -139,6 +139,8 @@ class Lowering:
     """What the target has for an op, in place of its decomposition."""
     functions: dict[Hashable, func.FuncOp] = field(default_factory=dict)
     parts: dict[SSAValue, Sequence[SSAValue]] = field(default_factory=dict)
+    part_types: dict[SSAValue, Sequence[Attribute]] = field(default_factory=dict)
+    """Of arguments whose parts are others than their type says, for a kernel that wants them so."""
     lowered: list[Operation] = field(default_factory=list)
     """They go last: ops that are not lowered yet may still read their composite results."""
 
@@ -149,7 +151,7 @@ class Lowering:
     def expand_arguments(self, function: func.FuncOp) -> None:
         """Give the function one argument for each part of a composite argument, which `drop_arguments` removes."""
         block = function.body.block
-        if not any(_is_composite(arg.type) for arg in block.args):
+        if not any(_is_composite(arg.type) and arg not in self.parts for arg in block.args):
             return
         no_attributes = [DictionaryAttr({})] * len(block.args)
         attributes = no_attributes if function.arg_attrs is None else function.arg_attrs.data
@@ -158,7 +160,8 @@ class Lowering:
             if not isinstance(arg.type, llm.CompositeType):
                 kept.append(entry)
                 continue
-            new = [block.insert_arg(type_, arg.index + 1 + i) for i, type_ in enumerate(arg.type.parts())]
+            types = self.part_types.get(arg, arg.type.parts())
+            new = [block.insert_arg(type_, arg.index + 1 + i) for i, type_ in enumerate(types)]
             self.parts[arg] = new
             kept += [entry] * len(new)
         function.properties["arg_attrs"] = ArrayAttr(kept)
@@ -358,10 +361,13 @@ class LowerToReferencePass(ModulePass):
 def lower_module(lowering: Lowering) -> None:
     """Lower every llm op of its module, in place."""
     functions = [inner for inner in lowering.module.ops if isinstance(inner, func.FuncOp) and inner.body.blocks]
+    replaced = set(lowering.lowered)
     for function in functions:
         connect_stages(function.body.block)
         lowering.expand_arguments(function)
         for inner in list(function.body.walk()):
+            if inner in replaced:
+                continue
             if inner.dialect_name() == llm.LLM.name:
                 lowering.lower(inner)
             elif isinstance(inner, stablehlo.CustomCallOp):

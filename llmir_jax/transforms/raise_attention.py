@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ArrayAttr, ModuleOp
 from xdsl.ir import Operation, OpResult, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.transforms.dead_code_elimination import dce
@@ -58,6 +58,14 @@ def raise_attention(axis: TokenAxis, ops: list[Operation], options: AttentionOpt
         except NotRaised as reason:
             axis.violations[op] = str(reason)
     return count
+
+
+def _is_precise(op: stablehlo.DotGeneralOp) -> bool:
+    """Whether a product was asked for in more than the device's default precision."""
+    config = op.properties.get("precision_config")
+    if not isinstance(config, ArrayAttr):
+        return False
+    return any(isinstance(each, stablehlo.PrecisionAttr) and each.data != "DEFAULT" for each in config)
 
 
 def _sums_over_tokens(op: stablehlo.DotGeneralOp, axis: TokenAxis) -> bool:
@@ -438,6 +446,7 @@ class _Raiser:
                 window=form.window,
                 softcap=form.score.softcap,
                 slopes=slopes,
+                precise=_is_precise(scores) or _is_precise(self.op),
             )
         )
         end = normaliser[0] if normaliser else self.op

@@ -21,7 +21,7 @@ ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _load_rows(base, offsets, rows_live, LEN: tl.constexpr, PADDED: tl.constexpr):
+def load_rows(base, offsets, rows_live, LEN: tl.constexpr, PADDED: tl.constexpr):
     """[rows, PADDED] of arrays of LEN numbers at `offsets`, with zeros for what is not there."""
     at = tl.arange(0, PADDED)
     mask = rows_live[:, None] & (at < LEN)[None, :]
@@ -39,7 +39,7 @@ def _quantize(x):
 
 
 @triton.jit
-def _attend(
+def attend_block(
     acc,  # float32 [M, PADDED]
     largest,  # float32 [M]
     total,  # float32 [M]
@@ -133,7 +133,7 @@ def ragged_paged_attention(
     row = tl.where(row_live, first_row + m // GROUP, first_row)
     head = kv_head * GROUP + m % GROUP
     place = row.to(tl.int64) * (HKV * GROUP) + head
-    queries = _load_rows(q, place * D, row_live, D, PADDED).to(DOT_DTYPE)
+    queries = load_rows(q, place * D, row_live, D, PADDED).to(DOT_DTYPE)
     q_position = num_old + row - run_start
     slope = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SLOPES:
@@ -162,15 +162,15 @@ def ragged_paged_attention(
         live = key < part_end
         page = tl.load(tables + seq * PAGES_PER_SEQ + key // PAGE_SIZE, mask=live, other=0).to(tl.int64)
         slot = page * PAGE_SIZE + key % PAGE_SIZE
-        keys = _load_rows(k_pages, slot * PAGE_WIDTH + kv_head * D, live, D, PADDED).to(DOT_DTYPE)
-        values = _load_rows(v_pages, slot * PAGE_WIDTH + kv_head * D, live, D, PADDED).to(DOT_DTYPE)
+        keys = load_rows(k_pages, slot * PAGE_WIDTH + kv_head * D, live, D, PADDED).to(DOT_DTYPE)
+        values = load_rows(v_pages, slot * PAGE_WIDTH + kv_head * D, live, D, PADDED).to(DOT_DTYPE)
         k_scale = tl.full([BLOCK_N], 1.0, tl.float32)
         v_scale = tl.full([BLOCK_N], 1.0, tl.float32)
         if HAS_SCALES:
             at = (page * HKV + kv_head) * PAGE_SIZE + key % PAGE_SIZE
             k_scale = tl.load(k_scales + at, mask=live, other=0.0)
             v_scale = tl.load(v_scales + at, mask=live, other=0.0)
-        acc, largest, total = _attend(
+        acc, largest, total = attend_block(
             acc, largest, total, queries, keys, values, k_scale, v_scale, live, key, row_live, q_position, slope,
             SCALE, CAUSAL, WINDOW, SOFTCAP, HAS_SLOPES,
         )  # fmt: skip
@@ -180,8 +180,8 @@ def ragged_paged_attention(
             key = start + n
             live = key < last_key
             at = ((run_start + key - num_old).to(tl.int64) * HKV + kv_head) * D
-            keys = _load_rows(new_k, at, live, D, PADDED)
-            values = _load_rows(new_v, at, live, D, PADDED)
+            keys = load_rows(new_k, at, live, D, PADDED)
+            values = load_rows(new_v, at, live, D, PADDED)
             k_scale = tl.full([BLOCK_N], 1.0, tl.float32)
             v_scale = tl.full([BLOCK_N], 1.0, tl.float32)
             if HAS_SCALES:  # as they will be read back
@@ -189,7 +189,7 @@ def ragged_paged_attention(
                 values, v_scale = _quantize(values)
             keys = keys.to(k_pages.dtype.element_ty).to(DOT_DTYPE)
             values = values.to(v_pages.dtype.element_ty).to(DOT_DTYPE)
-            acc, largest, total = _attend(
+            acc, largest, total = attend_block(
                 acc, largest, total, queries, keys, values, k_scale, v_scale, live, key, row_live, q_position, slope,
                 SCALE, CAUSAL, WINDOW, SOFTCAP, HAS_SLOPES,
             )  # fmt: skip
@@ -200,8 +200,8 @@ def ragged_paged_attention(
         position = num_old + first_row - run_start + r
         page = tl.load(tables + seq * PAGES_PER_SEQ + position // PAGE_SIZE, mask=mine, other=0).to(tl.int64)
         at = ((first_row + r).to(tl.int64) * HKV + kv_head) * D
-        k = _load_rows(new_k, at, mine, D, PADDED)
-        v = _load_rows(new_v, at, mine, D, PADDED)
+        k = load_rows(new_k, at, mine, D, PADDED)
+        v = load_rows(new_v, at, mine, D, PADDED)
         if HAS_SCALES:
             k, k_scale = _quantize(k)
             v, v_scale = _quantize(v)

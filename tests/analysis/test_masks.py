@@ -126,7 +126,16 @@ def hole(at_query: int, at_key: int) -> Visible:
     return lambda q, k: (k <= q) & ~((q == at_query) & (k == at_key))
 
 
+def clipped(at: float) -> Callable[[Array, Array], Array]:
+    """Attention to scores that are clipped at so many times the scale."""
+    attend = attention()
+    return lambda scores, positions: attend(np.clip(scores, -at / 0.25, at / 0.25), positions)
+
+
 REFUSED: dict[str, tuple[Callable[[Array, Array], Array], str]] = {
+    "scores clipped out of sight": (clipped(40), "of scores 24 apart"),
+    "scores clipped far out of sight": (clipped(300), "of scores 200 apart"),
+    "a mask that large scores reach": (attention(hidden=-40.0), "of scores 24 apart"),
     "everything": (attention(lambda q, k: k >= 0), "later position"),
     "one leaked key": (attention(leak(3, 9)), "later position 9"),
     "one key ahead": (attention(lambda q, k: k <= q + 1), "later position"),

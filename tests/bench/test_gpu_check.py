@@ -29,8 +29,9 @@ def test_dry_run_checks_every_kernel_and_measures_all(capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "the times mean nothing" in out
     mosaic = 1 if jax.__version_info__ >= LEAST_JAX else 0
-    assert out.count("| ok |") == len(dry().specs) + len(dry().products) + mosaic
+    assert out.count("| ok |") == len(dry().specs) + len(dry().products) + len(dry().flash) + mosaic
     assert "| quantized matmul | small-a8 |" in out
+    assert "| flash attention, Triton | small |" in out
     assert "paged attention, decode of 3" in out
     assert "Mosaic GPU | not measured: " in out
     products = [line for line in out.splitlines() if line.startswith("| int")]

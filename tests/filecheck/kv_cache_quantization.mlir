@@ -1,13 +1,19 @@
 // RUN: llmir-opt %s -p "kv-cache-quantization" | filecheck %s
 // RUN: llmir-opt %s -p "kv-cache-quantization,kv-cache-quantization" | filecheck %s
 // RUN: llmir-opt %s -p "kv-cache-quantization{bits=4},lower-to-reference" | filecheck %s --check-prefix LOWERED
+// RUN: llmir-opt %s -p "kv-cache-quantization{target=tpu}" | filecheck %s --check-prefix KERNEL
 // RUN: not llmir-opt %s -p "kv-cache-quantization{bits=2}" 2>&1 | filecheck %s --check-prefix BITS
+// RUN: not llmir-opt %s -p "kv-cache-quantization{target=npu}" 2>&1 | filecheck %s --check-prefix TARGET
 
 // CHECK: func.func @main(
 // CHECK-SAME: !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true> {llmir.role = "k_pages", llmir.result = 1 : i64}
 // CHECK-SAME: !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true> {llmir.role = "v_pages", llmir.result = 2 : i64}
 // CHECK: llm.write_pages {{.*}} -> (!llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true>, !llm.quantized_tensor<
 // CHECK: llm.attend_pages %q, %{{.*}} : (tensor<7x4x16xf32>, !llm.quantized_tensor<32x4x2x16xi8, scale=f16, symmetric=true>
+
+// What kernels read has scales of float32.
+// KERNEL: func.func @main(
+// KERNEL-SAME: !llm.quantized_tensor<32x4x2x16xi8, scale=f32, symmetric=true> {llmir.role = "k_pages"
 
 // Integers, scales and minima are arguments and results of their own, those of 4 bits packed.
 // LOWERED: func.func @main(
@@ -18,6 +24,7 @@
 // LOWERED-SAME: -> (tensor<7x4x16xf32>, tensor<32x4x2x8xui8>, tensor<32x4x2x1xf16>, tensor<32x4x2x1xf16>, tensor<32x4x2x8xui8>, tensor<32x4x2x1xf16>, tensor<32x4x2x1xf16>)
 // LOWERED-NOT: llm.write_pages
 
+// TARGET: error: kv-cache-quantization: target must be one of cpu, gpu, gpu-reference, reference, tpu, got 'npu'
 // BITS: error: kv-cache-quantization: bits must be 4 or 8, got 2
 
 builtin.module {

@@ -37,3 +37,13 @@ def test_paged_attention(generation: str) -> None:
         name, kernels, aliased = line.split()
         assert int(kernels) >= 1, f"{name}: no Mosaic kernel in the program"
         assert aliased == "in-place", f"{name}: pages are copied"
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_flash_attention(generation: str) -> None:
+    names = [] if generation.startswith("v5e") else ["llama-3-8b", "gemma-2-9b", "gemma-2-9b-gradients"]
+    lines = compiled("compile_flash_attention.py", generation, *names).splitlines()
+    assert len(lines) == (len(names) or 10)  # all shapes, and the gradients of two
+    for line in lines:
+        name, kernels = line.split()
+        assert int(kernels) == (3 if name.endswith("-gradients") else 1), line  # of results, of q, of k and v

@@ -1,6 +1,6 @@
 """Compiles derived steps of published shapes for a topology, of shapes alone; prints as JSON what libtpu made of each.
 
-python compile_derived_steps.py v5e:2x2 smollm2 llama-3-8b-int4
+python compile_derived_steps.py v5e:2x2 smollm2 llama-3-8b-int4 llama-3-8b-kv-int8
 """
 
 import json
@@ -44,10 +44,12 @@ LLAMA_3_8B = LlamaConfig(
     rope_theta=5e5,
     windows=(None,) * 32,
 )
-STEPS: dict[str, tuple[LlamaConfig, str | None]] = {
-    "smollm2": (SMOLLM2, None),
-    "llama-3-8b": (LLAMA_3_8B, None),
-    "llama-3-8b-int4": (LLAMA_3_8B, "int4-g32-min-bf16"),
+STEPS: dict[str, tuple[LlamaConfig, str | None, str | None]] = {  # what weights, and the cache, are quantized to
+    "smollm2": (SMOLLM2, None, None),
+    "smollm2-kv-int8": (SMOLLM2, None, "int8"),
+    "llama-3-8b": (LLAMA_3_8B, None, None),
+    "llama-3-8b-int4": (LLAMA_3_8B, "int4-g32-min-bf16", None),
+    "llama-3-8b-kv-int8": (LLAMA_3_8B, None, "int8"),
 }
 
 
@@ -56,12 +58,13 @@ def forward(model: Any, tokens: jax.Array) -> jax.Array:
 
 
 for name in sys.argv[2:]:
-    config, quantize = STEPS[name]
+    config, quantize, kv_cache = STEPS[name]
 
     def make(config: LlamaConfig = config) -> Llama:
         return Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
-    sizes = {"max_seqs": 8, "num_pages": 64, "page_size": 128, "max_seq_len": 2048}
-    steps = compile_for_tpu(forward, nnx.eval_shape(make), sys.argv[1], tokens=(8, 64), quantize=quantize, **sizes)
+    sizes: dict[str, Any] = {"max_seqs": 8, "num_pages": 64, "page_size": 128, "max_seq_len": 2048}
+    sizes |= {"quantize": quantize, "kv_cache": kv_cache}
+    steps = compile_for_tpu(forward, nnx.eval_shape(make), sys.argv[1], tokens=(8, 64), **sizes)
     for step in steps:
         print(json.dumps({"name": name, **asdict(step)}), flush=True)

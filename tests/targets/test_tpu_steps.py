@@ -26,6 +26,10 @@ CASES = [
     ("v6e:2x2", "llama-3-8b"),
     ("v5p:2x2x1", "llama-3-8b"),
     ("tpu7x:2x2x1", "llama-3-8b"),
+    ("v5e:2x2", "smollm2-kv-int8"),
+    ("v6e:2x2", "llama-3-8b-kv-int8"),
+    ("v5p:2x2x1", "smollm2-kv-int8"),
+    ("tpu7x:2x2x1", "llama-3-8b-kv-int8"),
 ]
 
 
@@ -40,14 +44,28 @@ def test_compiled(topology: str, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     decode, mixed = map(json.loads, done.stdout.splitlines())
     layers = decode["attention_layers"]
-    assert layers == (30 if name == "smollm2" else 32)
+    is_smollm2, is_int8 = name.startswith("smollm2"), name.endswith("kv-int8")
+    assert layers == (30 if is_smollm2 else 32)
     assert decode["unserved"] == mixed["unserved"] == {}
     assert decode["num_kernels"] >= layers
     assert mixed["num_kernels"] >= 2 * layers  # single tokens, and chunks of prompts
-    width = 256 if name == "smollm2" else 1024
-    page_bytes = 2 * layers * 64 * 128 * width * 2
+    width = 256 if is_smollm2 else 1024
+    row_bytes = width + 4 * (3 if is_smollm2 else 8) if is_int8 else 2 * width
+    page_bytes = 2 * layers * 64 * 128 * row_bytes
     assert decode["aliased_bytes"] >= page_bytes
     assert decode["temporary_bytes"] < page_bytes
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "tpu7x:2x2x1"])
+def test_direct_call(topology: str) -> None:
+    script = Path(__file__).with_name("compile_direct_call.py")
+    done = subprocess.run(
+        [sys.executable, script, topology], env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *report, kernels = done.stdout.splitlines()
+    assert kernels == "2"
+    assert sum("JAX's splash attention, a Pallas kernel, compiled for" in line for line in report) == 2
 
 
 def test_topology_that_does_not_exist() -> None:

@@ -82,7 +82,8 @@ class AttentionOp(LLMOp):
 
     A key is visible to a query when (not ``causal`` or k_pos <= q_pos) and (no ``window`` or k_pos > q_pos - window).
     Its score is softcap(scale·q·k) + slope_h·(k_pos - q_pos), with softcap(x) = c·tanh(x/c) where ``softcap`` = c is
-    given; the softmax over visible keys is taken in float32. ``causal`` is true unless said otherwise.
+    given; the softmax over visible keys is taken in float32. ``causal`` is true unless said otherwise. Products of
+    float32 are as precise as the device makes them by itself, or with ``precise = true`` as precise as float32 is.
     """
 
     name = "llm.attention"
@@ -99,6 +100,7 @@ class AttentionOp(LLMOp):
     causal = prop_def(BoolAttr, default_value=TRUE)
     window = opt_prop_def(IntegerAttr)
     softcap = opt_prop_def(FloatAttr)
+    precise = opt_prop_def(BoolAttr)
 
     output = result_def(TensorType)
 
@@ -119,12 +121,19 @@ class AttentionOp(LLMOp):
         slopes: SSAValue | Operation | None = None,
         seq_ids: SSAValue | Operation | None = None,
         positions: SSAValue | Operation | None = None,
+        precise: bool = False,
     ) -> None:
+        properties = mask_properties(scale=scale, causal=causal, window=window, softcap=softcap)
         super().__init__(
             operands=[q, k, v, maybe(slopes), maybe(seq_ids), maybe(positions)],
             result_types=[result_type],
-            properties=mask_properties(scale=scale, causal=causal, window=window, softcap=softcap),
+            properties={**properties, "precise": TRUE if precise else None},
         )
+
+    @property
+    def is_precise(self) -> bool:
+        """Whether products of float32 must be as precise as that."""
+        return self.precise is not None and bool(self.precise.value.data)
 
     def check(self) -> None:
         check_float(q=self.q, k=self.k, v=self.v, slopes=self.slopes, output=self.output)

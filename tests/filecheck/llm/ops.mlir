@@ -8,8 +8,8 @@ func.func @attention(%q: tensor<7x8x16xf32>, %k: tensor<7x2x16xf32>, %v: tensor<
   // CHECK: llm.attention %q, %k, %v {scale = 1.250000e-01 : f32} : (tensor<7x8x16xf32>, tensor<7x2x16xf32>, tensor<7x2x24xbf16>) -> tensor<7x8x24xbf16>
   %0 = llm.attention %q, %k, %v {scale = 0.125 : f32, causal = true}
     : (tensor<7x8x16xf32>, tensor<7x2x16xf32>, tensor<7x2x24xbf16>) -> tensor<7x8x24xbf16>
-  // CHECK: llm.attention %q, %k, %k slopes(%s) {scale = 1.250000e-01 : f32, causal = false, window = 128 : i64, softcap = 5.000000e+01 : f32} : (
-  %1 = llm.attention(%q, %k, %k) slopes(%s) {scale = 0.125 : f32, causal = false, window = 128 : i64, softcap = 50.0 : f32}
+  // CHECK: llm.attention %q, %k, %k slopes(%s) {scale = 1.250000e-01 : f32, causal = false, window = 128 : i64, softcap = 5.000000e+01 : f32, precise = true} : (
+  %1 = llm.attention(%q, %k, %k) slopes(%s) {scale = 0.125 : f32, causal = false, window = 128 : i64, softcap = 50.0 : f32, precise = true}
     : (tensor<7x8x16xf32>, tensor<7x2x16xf32>, tensor<7x2x16xf32>, tensor<8xf32>) -> tensor<7x8x16xf32>
   // CHECK: llm.attention %q, %ck, %cv slopes(%s) tokens(%ids, %pos) {scale = 1.250000e-01 : f32} : (
   %2 = llm.attention %q, %ck, %cv tokens(%ids, %pos) slopes(%s) {scale = 0.125 : f32}
