@@ -35,7 +35,7 @@ from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass, Unserved
 from llmir_jax.transforms.memory_planning import parts_of
 from llmir_jax.transforms.pipeline_partitioning import CARRIED
 from llmir_jax.transforms.sharding_attributes import of_argument
-from llmir_jax.weights import Weight, WeightSource, describe, fill
+from llmir_jax.weights import Weight, WeightSource, describe, fill, shapes_of_weights
 
 if TYPE_CHECKING:
     from llmir_jax.targets.cpu.regions import InXla
@@ -169,7 +169,7 @@ class DerivedStep:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """The parameters; where native code has them, shapes and dtypes are in place of their arrays.
+        """The parameters; where native code or other processes have them, shapes and dtypes are in place of arrays.
 
         They are read when this or `params` is first asked for. Raises LlmirError, see `weights.fill`.
         """
@@ -177,12 +177,14 @@ class DerivedStep:
 
     @property
     def params(self) -> tuple[jax.Array | QuantizedArray, ...]:
-        """What `step` takes."""
+        """What `step` takes; nothing where other processes have the step."""
         return self._filled[1]
 
     @cached_property
     def _filled(self) -> tuple[tuple[Weight, ...], tuple[jax.Array | QuantizedArray, ...]]:
         record, placement = self.record, self.placement
+        if placement is not None and not placement.is_here:
+            return tuple(shapes_of_weights(record.main, record.plan)), ()
         if placement is None:
             weights = fill(record.main, record.plan, self._source, self._rounding)
         else:
@@ -300,7 +302,9 @@ class DerivedStep:
         return signature.role_of(self._attributes[index])
 
     def init_cache(self) -> Cache:
-        """Zeroed pages."""
+        """Zeroed pages; none where other processes have the step."""
+        if self.placement is not None and not self.placement.is_here:
+            return ()
 
         def pages(index: int) -> Pages:
             if self.placement is not None:
@@ -366,6 +370,13 @@ class DerivedStep:
         from llmir_jax.targets.cpu.team import team
 
         return this_host(), team().size
+
+    def carried(self, num_rows: int) -> list[jax.ShapeDtypeStruct]:
+        """What a stage of a pipeline gets from the one before, its first arguments, for so many rows of tokens."""
+        number = sum(self._role(index) == CARRIED for index in range(len(self._attributes)))
+        if not number:
+            return []
+        return [jax.ShapeDtypeStruct(own.shape, own.dtype) for own in self._executable(num_rows).inputs[:number]]
 
     def step(self, params: Any, cache: Cache, batch: StepBatch) -> tuple[jax.Array, Cache]:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""

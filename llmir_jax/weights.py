@@ -16,6 +16,7 @@ from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.quantization import Plan, QuantizedArray, Rounding, Scheme, plain_rounding
+from llmir_jax.quantization.array import Layout
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.weight_quantization import PARTS, ROWS, stored_matrices
@@ -170,38 +171,61 @@ def fill(
         if not isinstance(arg.type, llm.QuantizedTensorType):
             assert isinstance(arg.type, TensorType)
             dtype = element_dtype(arg.type.get_element_type())
-            is_whole = ROWS not in attributes[arg.index] and PARTS not in attributes[arg.index]
-            value = read_parts(arg, path) if is_whole else None
+            value = None if _pieces(attributes[arg.index]) else read_parts(arg, path)
             if value is not None:
                 yield Weight(path=path, value=value)
                 continue
             yield _float_weight(path, attributes[arg.index], source, floats, dtype)
             continue
         assert plan is not None
-        pieces: list[Piece] = []
+        pieces = _pieces(attributes[arg.index])
         values = []
-        for part, matrix in stored_matrices(attributes[arg.index]):
-            start = pieces[-1].stop if pieces else 0
-            pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
-            scheme = plan.schemes[part].fitted(matrix.shape, name=part)
-            values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
+        for piece in pieces:
+            scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+            values.append(read_matrix(source, piece.path, piece.matrix, scheme, floats.read, rounding))
         whole = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
-        yield Weight(path=path, value=whole, pieces=tuple(pieces))
+        yield Weight(path=path, value=whole, pieces=pieces)
+
+
+def shapes_of_weights(module: ModuleOp, plan: Plan | None) -> Iterator[Weight]:
+    """What `fill` gives, with shapes and dtypes in place of arrays: nothing is read."""
+    main = main_function(module)
+    attributes = signature.argument_attributes(main)
+    for arg, path in signature.parameter_paths(main):
+        pieces = _pieces(attributes[arg.index])
+        value: Any
+        if isinstance(arg.type, llm.QuantizedTensorType):
+            assert plan is not None
+            matrices = []
+            for piece in pieces:
+                scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+                matrices.append(QuantizedArray.shapes(scheme, piece.matrix.shape))
+            layout: Layout = "columns" if arg.type.in_columns else "rows"
+            value = jax.eval_shape(lambda own, layout=layout: _rows_of_all(own).laid_out(layout), matrices)
+        else:
+            assert isinstance(arg.type, TensorType)
+            value = jax.ShapeDtypeStruct(arg.type.get_shape(), element_dtype(arg.type.get_element_type()))
+        yield Weight(path=path, value=value, pieces=pieces)
+
+
+def _pieces(attributes: Mapping[str, Attribute]) -> tuple[Piece, ...]:
+    """The matrices that an argument has the rows of, one after the other; none where it is a parameter as it is."""
+    pieces: list[Piece] = []
+    for part, matrix in stored_matrices(attributes) if ROWS in attributes or PARTS in attributes else ():
+        start = pieces[-1].stop if pieces else 0
+        pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
+    return tuple(pieces)
 
 
 def _float_weight(
     path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead", dtype: np.dtype[Any]
 ) -> Weight:
     """A parameter as it is, or the matrix that an argument has of one or of several."""
-    if ROWS not in attributes and PARTS not in attributes:
+    pieces = _pieces(attributes)
+    if not pieces:
         return Weight(path=path, value=source.read(path))
-    pieces: list[Piece] = []
-    values = []
-    for part, matrix in stored_matrices(attributes):
-        start = pieces[-1].stop if pieces else 0
-        pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
-        values.append(matrix.read(floats.read(part)))
-    return Weight(path=path, value=jnp.asarray(np.concatenate(values).astype(dtype)), pieces=tuple(pieces))
+    values = [piece.matrix.read(floats.read(piece.path)) for piece in pieces]
+    return Weight(path=path, value=jnp.asarray(np.concatenate(values).astype(dtype)), pieces=pieces)
 
 
 class _LastRead:
@@ -304,5 +328,6 @@ __all__ = [
     "fill",
     "floats",
     "read_matrix",
+    "shapes_of_weights",
     "unread",
 ]
