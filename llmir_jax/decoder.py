@@ -389,15 +389,18 @@ class Decoder:
     ) -> list[RequestOutput]:
         """As `generate`, with text, log-probabilities and reasons.
 
-        `snapshots` is a folder, on a file system that all processes see, where how far the requests are is kept while
-        they are computed: after a restart the same call goes on from there. It is empty when they have ended. Raises
-        CheckpointError if it has those of other requests.
+        `snapshots` is a folder, of process 0 where there are several, in which it is kept how far the requests are
+        while they are computed: after a restart the same call goes on from there. It is empty when they have ended.
+        Raises CheckpointError if it has those of other requests.
         """
         return self._engine.generate(prompts, params, snapshots=None if snapshots is None else Snapshots(snapshots))
 
-    def stream(self, prompt: ArrayLike, params: SamplingParams | None = None) -> Iterator[RequestUpdate]:
-        """The answer to one prompt, as it comes. Closing the iterator frees its pages."""
-        return self._engine.stream([prompt], params)
+    def stream(
+        self, prompt: ArrayLike, params: SamplingParams | None = None, *, snapshots: str | Path | None = None
+    ) -> Iterator[RequestUpdate]:
+        """The answer to one prompt, as it comes. Closing the iterator frees its pages. `snapshots`: see `complete`."""
+        kept = None if snapshots is None else Snapshots(snapshots)
+        return self._engine.stream([prompt], params, snapshots=kept)
 
     def warmup(self) -> tuple[Compilation, ...]:
         """Compile everything that serving can need; returns what was compiled and how long each took."""
