@@ -3,16 +3,15 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType
 from xdsl.dialects.func import FuncOp
-from xdsl.ir import Attribute, BlockArgument
+from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.checkpoint.source import ParameterSource
@@ -22,6 +21,7 @@ from llmir_jax.derive import Derived
 from llmir_jax.dialects import llm
 from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.memory import collecting_later, give_back
+from llmir_jax.own_parts import OwnParts
 from llmir_jax.pipeline import Recorder, specialize_step
 from llmir_jax.placement import Placement
 from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
@@ -188,8 +188,10 @@ class DerivedStep:
         if placement is None:
             weights = fill(record.main, record.plan, self._source, self._rounding)
         else:
-            read = partial(self._read_parts, placement)
-            weights = self._placed(fill(record.main, record.plan, self._source, self._rounding, read), placement)
+            own = None
+            if isinstance(self._source, ParameterSource):
+                own = OwnParts(placement=placement, source=self._source, attributes=self._attributes)
+            weights = self._placed(fill(record.main, record.plan, self._source, self._rounding, own), placement)
         if self._arrangement is not None:
             return self._pack(self._arrangement, weights)
         values = tuple(weights)
@@ -215,15 +217,6 @@ class DerivedStep:
             return Derived(module, length, self.max_seqs, record.max_seq_len, plan=record.plan)
         derived = self._derive()
         return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
-
-    def _read_parts(self, placement: Placement, arg: BlockArgument, path: str) -> jax.Array | None:
-        """A parameter of a checkpoint where it lives, of which this process reads what its devices have."""
-        reader = self._source.part_reader(path) if isinstance(self._source, ParameterSource) else None
-        spec, kind = of_argument(self._attributes[arg.index]), arg.type
-        if reader is None or spec is None or not isinstance(kind, TensorType) or not kind.get_shape():
-            return None
-        read: Callable[[Any], np.ndarray[Any, Any]] = reader  # JAX's type allows None, which it gives for no array
-        return jax.make_array_from_callback(kind.get_shape(), placement.sharding(spec), read)
 
     def _placed(self, weights: Iterator[Weight], placement: Placement) -> Iterator[Weight]:
         """The weights, each where it lives, one at a time."""

@@ -48,6 +48,16 @@ class WeightSource(Protocol):
         """The parameter as a matrix [N, K] in a scheme, rounded where it is not stored so."""
 
 
+class PartsReader(Protocol):
+    """Reads parameters where they live on a mesh, a device's part at a time; None for one that must be read whole."""
+
+    def floats(self, arg: BlockArgument, path: str) -> jax.Array | None:
+        """A parameter that stays as it is, for an argument of @main."""
+
+    def quantized(self, arg: BlockArgument, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray | None:
+        """A parameter that is one matrix [N, K], in a scheme."""
+
+
 class ModelWeights:
     """The arrays of a model that is in memory."""
 
@@ -156,11 +166,11 @@ def fill(
     plan: Plan | None,
     source: WeightSource,
     rounding: Rounding = plain_rounding,
-    read_parts: Callable[[BlockArgument, str], jax.Array | None] = lambda arg, path: None,
+    own: PartsReader | None = None,
 ) -> Iterator[Weight]:
     """A value for each parameter argument of @main, in order, each made when it is asked for.
 
-    `read_parts` reads a parameter that stays as it is, each device's own part, or gives None where that cannot be.
+    `own` reads the parts of a mesh's devices, or gives None where that cannot be.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
     """
@@ -171,7 +181,7 @@ def fill(
         if not isinstance(arg.type, llm.QuantizedTensorType):
             assert isinstance(arg.type, TensorType)
             dtype = element_dtype(arg.type.get_element_type())
-            value = None if _pieces(attributes[arg.index]) else read_parts(arg, path)
+            value = None if own is None or _pieces(attributes[arg.index]) else own.floats(arg, path)
             if value is not None:
                 yield Weight(path=path, value=value)
                 continue
@@ -179,9 +189,14 @@ def fill(
             continue
         assert plan is not None
         pieces = _pieces(attributes[arg.index])
+        schemes = [plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path) for piece in pieces]
+        if own is not None and len(pieces) == 1 and _is_whole(pieces[0].path, pieces[0].matrix, source):
+            parts = own.quantized(arg, pieces[0].path, schemes[0], rounding)
+            if parts is not None:
+                yield Weight(path=path, value=parts, pieces=pieces)
+                continue
         values = []
-        for piece in pieces:
-            scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+        for piece, scheme in zip(pieces, schemes, strict=True):
             values.append(read_matrix(source, piece.path, piece.matrix, scheme, floats.read, rounding))
         whole = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
         yield Weight(path=path, value=whole, pieces=pieces)

@@ -3,7 +3,6 @@
 python resume_of_many.py PORT NUMBER FOLDER KILLED     KILLED: the process that dies in the middle, or none
 """
 
-import dataclasses
 import json
 import os
 import signal
@@ -12,15 +11,13 @@ from collections.abc import Sequence
 
 os.environ["LLMIR_NO_CACHE"] = "1"
 
-import tiny_llama
-from tiny_llama import PROMPTS, forward, make_model
+from tiny_llama import PROMPTS, SHALLOW, forward, make_model
 
 import llmir_jax as llmir
 from llmir_jax import processes
 from llmir_jax.runtime.request import Request
 from llmir_jax.runtime.snapshots import Snapshots
 
-tiny_llama.CONFIG = dataclasses.replace(tiny_llama.CONFIG, num_layers=1, windows=(None,))
 PARAMS = [
     llmir.SamplingParams(max_tokens=16),
     llmir.SamplingParams(max_tokens=16, temperature=0.8, seed=3),
@@ -46,9 +43,8 @@ class Counted(Snapshots):
 def main() -> None:
     port, number, folder, killed = sys.argv[1:]
     processes.join(f"127.0.0.1:{port}", 2, int(number))
-    decoder = llmir.jit(forward).decoder(
-        make_model(), mesh="tensor=2", num_pages=32, page_size=8, max_seqs=3, max_seq_len=64, buckets=(4,), verify=False
-    )
+    model, sizes = make_model(config=SHALLOW), {"num_pages": 32, "page_size": 8, "max_seqs": 3, "max_seq_len": 64}
+    decoder = llmir.jit(forward).decoder(model, mesh="tensor=2", buckets=(4,), verify=False, **sizes)
     found = {}
     if killed != "none":
         found["whole"] = [output.token_ids for output in decoder.complete(PROMPTS, PARAMS)]
