@@ -27,9 +27,9 @@ class Exchange:
 
         Each gives an array of the same shape and dtype, and has zeros where another has values.
         """
-        own = np.ascontiguousarray(own)
+        values = np.ascontiguousarray(own).reshape(-1)
         words = np.zeros((1, -(-own.nbytes // 4)), np.int32)  # what all backends can sum
-        words.view(np.uint8)[0, : own.nbytes] = own.reshape(-1).view(np.uint8)
+        words.view(np.uint8)[0, : own.nbytes] = values.view(np.uint8)
         zeros = np.zeros_like(words)
         shards = [jax.device_put(words if at == 0 else zeros, device) for at, device in enumerate(self._own)]
         shape = (self._num_devices, words.shape[1])

@@ -98,6 +98,11 @@ class PipelineRunner(Runner):
 
         return run
 
+    def warmup(self) -> None:
+        super().warmup()
+        for size in (self._model.max_seqs, self.sampled_size):
+            self._shared(np.zeros(size, np.int32), jax.ShapeDtypeStruct((size,), np.int32))
+
     def _fetch(self, chosen: jax.Array | None, shape: tuple[int, ...]) -> NDArray[np.int32]:
         return self._shared(None if chosen is None else np.asarray(chosen), jax.ShapeDtypeStruct(shape, np.int32))
 
