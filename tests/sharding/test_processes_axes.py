@@ -1,6 +1,8 @@
 """Copies of a model, and stages of its layers, on devices of two processes: the tokens are those of one device."""
 
+import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from tiny_llama import SHALLOW, SHORT, forward, make_model
 
 import llmir_jax as llmir
+from llmir_jax.libtpu_environment import ENVIRONMENT
 
 SCRIPT = Path(__file__).parent / "axes_of_many.py"
 CASES = {
@@ -99,3 +102,19 @@ def test_a_process_reads_its_own_bytes_and_rounds_them(results: list[dict[str, A
     for found in (result["file"] for result in results):
         assert found["compared"] > 40
         assert found["bytes"] < 0.6 * found["of"], "half of the matrices; vectors and keys and values whole"
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu-aot)")
+def test_on_tpus_a_handover_is_one_permute_and_an_exchange_one_all_reduce():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.parent / "handover_on_tpus.py")],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"processes": 4, "handover": {"collective-permute": 1}, "exchange": {"all-reduce": 1}}
