@@ -1,6 +1,6 @@
 """One process of two on loopback, with two devices each: decodes with the small model on several meshes; prints JSON.
 
-python axes_of_many.py PORT NUMBER
+python axes_of_many.py PORT NUMBER FOLDER     FOLDER: an orbax checkpoint of a small Llama
 """
 
 import json
@@ -18,12 +18,39 @@ from tiny_llama import SHALLOW, SHORT, forward, make_model
 
 import llmir_jax as llmir
 from llmir_jax import processes
+from llmir_jax.checkpoint import orbax_tensors
 from llmir_jax.checkpoint.files import StableFile
 from llmir_jax.errors import LlmirError
 from llmir_jax.quantization import QuantizedArray
 from sharding import make_mesh
 
 OPTIONS: dict[str, Any] = {"num_pages": 16, "page_size": 8, "max_seqs": 2, "max_seq_len": 64, "buckets": (8,)}
+
+
+def compare(step: Any, source: Any) -> int:
+    """How many parts of weights this process has; each is that of the weight as it is read whole."""
+    num_compared = 0
+    for weight in step.weights:
+        if isinstance(weight.value, QuantizedArray):
+            whole = source.read_quantized(weight.path, weight.value.scheme).laid_out("columns")
+            pairs = zip(jax.tree.leaves(weight.value), jax.tree.leaves(whole), strict=True)
+        else:
+            pairs = iter([(weight.value, source.read(weight.path))])
+        for own, all_of_it in pairs:
+            for shard in own.addressable_shards if isinstance(own, jax.Array) else ():
+                np.testing.assert_array_equal(shard.data, np.asarray(all_of_it)[shard.index])
+                num_compared += 1
+    return num_compared
+
+
+def read_from_orbax(folder: str, process: int) -> int:
+    """As `compare`, of stages whose processes read one array a call, and not as many of them."""
+    orbax_tensors.BATCH_BYTES = 0
+    loaded = llmir.load(folder)
+    sizes = {"max_seqs": 1, "num_pages": 4, "max_seq_len": 64}
+    decoder = loaded.decoder(mesh="pipeline=2,tensor=2", verify=False, **sizes)
+    assert [stage.placement.is_here for stage in decoder._step.stages] == [process == 0, process == 1]
+    return compare(decoder._step.stages[process], loaded.source)
 
 
 def read_from_a_file() -> dict[str, Any]:
@@ -47,17 +74,7 @@ def read_from_a_file() -> dict[str, Any]:
     num_bytes[0] = 0
     decoder = loaded.decoder(mesh="tensor=4", quantize="int8-g4", verify=False, max_seqs=1, num_pages=4, max_seq_len=64)
     taken = num_bytes[0]
-    num_compared = 0
-    for weight in decoder._step.weights:
-        if isinstance(weight.value, QuantizedArray):
-            whole = loaded.source.read_quantized(weight.path, weight.value.scheme).laid_out("columns")
-            pairs = zip(jax.tree.leaves(weight.value), jax.tree.leaves(whole), strict=True)
-        else:
-            pairs = iter([(weight.value, loaded.source.read(weight.path))])
-        for own, all_of_it in pairs:
-            for shard in own.addressable_shards:
-                np.testing.assert_array_equal(shard.data, np.asarray(all_of_it)[shard.index])
-                num_compared += 1
+    num_compared = compare(decoder._step, loaded.source)
     return {"bytes": taken, "of": num_bytes[0] - taken, "compared": num_compared}
 
 
@@ -86,6 +103,7 @@ def main() -> None:
     except LlmirError as error:
         results["mesh of one process"] = {"error": str(error)}
     results["file"] = read_from_a_file()
+    results["orbax"] = read_from_orbax(sys.argv[3], int(sys.argv[2]))
     print(json.dumps(results), flush=True)
     processes.leave()
 

@@ -28,14 +28,16 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
+def results(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process has."""
+    orbax = tmp_path_factory.mktemp("checkpoint") / "orbax"
+    llmir.load(data_path / "checkpoints" / "llama").save(orbax)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(port), str(number)],
+            [sys.executable, str(SCRIPT), str(port), str(number), str(orbax)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -102,6 +104,11 @@ def test_a_process_reads_its_own_bytes_and_rounds_them(results: list[dict[str, A
     for found in (result["file"] for result in results):
         assert found["compared"] > 40
         assert found["bytes"] < 0.6 * found["of"], "half of the matrices; vectors and keys and values whole"
+
+
+@pytest.mark.multidevice
+def test_processes_read_from_orbax_by_themselves(results: list[dict[str, Any]]):
+    assert all(result["orbax"] > 10 for result in results)
 
 
 @pytest.mark.tpu_aot
