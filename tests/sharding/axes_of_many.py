@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+# the least optimization, since programs run for a few steps only
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 os.environ["LLMIR_NO_CACHE"] = "1"
 
 import jax

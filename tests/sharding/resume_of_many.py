@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["LLMIR_NO_CACHE"] = "1"
 
 from tiny_llama import PROMPTS, SHALLOW, forward, make_model
