@@ -71,9 +71,7 @@ def choose_mesh(
     try:
         where = topology_of(found) if topology is None else topology
         model = CostModel(cost_of(derive(one_device()), max_seqs), where, rules=parse_rules(rules))
-        one_process = len({device.process_index for device in found}) == 1
-        axes = (PIPELINE, SEQUENCE, TENSOR) if one_process else (SEQUENCE, TENSOR)
-        choice = choose(model, Workload(batch=max_seqs, context=context), axes=axes)
+        choice = choose(model, Workload(batch=max_seqs, context=context), axes=(PIPELINE, SEQUENCE, TENSOR))
     except ShardingError as error:
         raise LlmirError(str(error)) from None
     return ChosenMesh(axes=choice.best.layout.axes, why=f"on {where.name} {choice.why}")

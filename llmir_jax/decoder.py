@@ -23,7 +23,7 @@ from llmir_jax.errors import LlmirError
 from llmir_jax.memory import collecting_later, give_back
 from llmir_jax.pipeline import KV_CACHES, Recorder, derive_step, text_of
 from llmir_jax.pipelined_step import PipelinedStep
-from llmir_jax.placement import MeshOption, Placement, as_mesh
+from llmir_jax.placement import MeshOption, Placement, as_mesh, processes_of
 from llmir_jax.plain_forward import PlainForward
 from llmir_jax.processes import num_processes, shared_seeds, watch
 from llmir_jax.quantization import Calibration, Quantize
@@ -31,7 +31,7 @@ from llmir_jax.report import AttentionEntry, Report
 from llmir_jax.runtime.batch import CacheGroup
 from llmir_jax.runtime.engine import Engine
 from llmir_jax.runtime.outputs import RequestOutput, RequestUpdate
-from llmir_jax.runtime.replicas import ReplicatedEngine
+from llmir_jax.runtime.replicas import Copy, ReplicatedEngine
 from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.snapshots import Snapshots
@@ -196,10 +196,11 @@ class Decoder:
         on_mesh = as_mesh(mesh)
         copies = () if on_mesh is None else tuple(sub_meshes(own, PIPELINE) for own in sub_meshes(on_mesh, DATA))
         num_stages = len(copies[0]) if copies else 1
-        placement = None if on_mesh is None else Placement.of(copies[0][0], rules)
-        for axis, size in ((DATA, len(copies)), (PIPELINE, num_stages)):
-            if size > 1 and num_processes() > 1:
-                raise LlmirError(f"mesh: {axis} = {size} is served in one process only, not in {num_processes()}")
+        if on_mesh is not None and len(processes_of(on_mesh)) < num_processes():
+            missing = min(set(range(num_processes())) - set(processes_of(on_mesh)))
+            raise LlmirError(f"mesh: process {missing} of {num_processes()} has none of its devices: give one of all's")
+        own_copies = [number for number, meshes in enumerate(copies) if jax.process_index() in processes_of(*meshes)]
+        placement = Placement.of(copies[own_copies[0]][0], rules) if copies else None
         if placement is not None:
             watch()
         elif num_processes() > 1:
@@ -307,7 +308,7 @@ class Decoder:
                 **common,
             )
 
-        step, *others = [make_step(meshes) for meshes in copies or ((),)]
+        step, *others = [make_step(copies[number]) for number in own_copies] or [make_step(())]
         derived = None  # the steps have it for as long as they need to
         if verify:
             step.lower_ahead(most_rows(max_seqs))
@@ -327,9 +328,13 @@ class Decoder:
             "burst": burst if num_stages == 1 and (placement is None or num_processes() == 1) else 0.0,
             "draw_seed": shared_seeds(),
         }
-        if others:
-            every = (step, *others)
-            engine: Engine = ReplicatedEngine(every, [own.placement for own in every], **options)
+        if len(copies) > 1:
+            served: list[Copy | None] = [None] * len(copies)
+            for number, each in zip(own_copies, (step, *others), strict=True):
+                is_told = processes_of(*copies[number])[0] == jax.process_index()
+                served[number] = Copy(model=each, placement=each.placement, is_told=is_told)
+            devices = None if on_mesh is None or num_processes() == 1 else list(on_mesh.devices.flat)
+            engine: Engine = ReplicatedEngine(served, devices=devices, **options)
         else:
             engine = Engine(step, placement=step.placement, **options)
         decoder = cls(
@@ -385,15 +390,18 @@ class Decoder:
     ) -> list[RequestOutput]:
         """As `generate`, with text, log-probabilities and reasons.
 
-        `snapshots` is a folder, on a file system that all processes see, where how far the requests are is kept while
-        they are computed: after a restart the same call goes on from there. It is empty when they have ended. Raises
-        CheckpointError if it has those of other requests.
+        `snapshots` is a folder, of process 0 where there are several, in which it is kept how far the requests are
+        while they are computed: after a restart the same call goes on from there. It is empty when they have ended.
+        Raises CheckpointError if it has those of other requests.
         """
         return self._engine.generate(prompts, params, snapshots=None if snapshots is None else Snapshots(snapshots))
 
-    def stream(self, prompt: ArrayLike, params: SamplingParams | None = None) -> Iterator[RequestUpdate]:
-        """The answer to one prompt, as it comes. Closing the iterator frees its pages."""
-        return self._engine.stream([prompt], params)
+    def stream(
+        self, prompt: ArrayLike, params: SamplingParams | None = None, *, snapshots: str | Path | None = None
+    ) -> Iterator[RequestUpdate]:
+        """The answer to one prompt, as it comes. Closing the iterator frees its pages. `snapshots`: see `complete`."""
+        kept = None if snapshots is None else Snapshots(snapshots)
+        return self._engine.stream([prompt], params, snapshots=kept)
 
     def warmup(self) -> tuple[Compilation, ...]:
         """Compile everything that serving can need; returns what was compiled and how long each took."""

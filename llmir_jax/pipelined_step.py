@@ -12,14 +12,16 @@ from xdsl.dialects.builtin import ModuleOp
 from llmir_jax.dense_parameters import Stored, stored_array
 from llmir_jax.derive import Derived
 from llmir_jax.errors import LlmirError
+from llmir_jax.exchange import Exchange
 from llmir_jax.pipeline import Recorder
+from llmir_jax.placement import processes_of
 from llmir_jax.quantization import Rounding
 from llmir_jax.runtime.batch import Cache, StepBatch
 from llmir_jax.step import DerivedStep
 from llmir_jax.step_record import NativeParts, StepRecord
 from llmir_jax.transforms.memory_planning import MemoryPlanningPass
 from llmir_jax.transforms.pipeline_partitioning import cut_into_stages
-from llmir_jax.weights import Weight, WeightSource
+from llmir_jax.weights import Weight, WeightSource, describe
 
 
 class PipelinedStep(DerivedStep):
@@ -61,6 +63,10 @@ class PipelinedStep(DerivedStep):
             )
             self.stages = (*self.stages, stage)
         self.placement = self.stages[-1].placement
+        self.exchange: Exchange | None = None
+        """Between the processes of all stages; None where there is one."""
+        if len(processes_of(*meshes)) > 1:
+            self.exchange = Exchange([device for mesh in meshes for device in mesh.devices.flat])
         self.record = StepRecord.of(derived, NativeParts(), notes)
         self.max_seqs = max_seqs
         self.max_seq_len = derived.max_seq_len
@@ -88,9 +94,17 @@ class PipelinedStep(DerivedStep):
 
     def on_host(self, number: int) -> Stored:
         at, own = self._places[number]
-        placement = self.stages[at].placement
+        stage, structure = self.stages[at], jax.tree.structure(self.weights[number].value)
+        placement = stage.placement
         assert placement is not None
-        return stored_array(jax.tree.map(lambda x: jnp.asarray(placement.to_host(x)), self.stages[at].params[own]))
+        leaves = [placement.to_host(x) for x in jax.tree.leaves(stage.params[own])] if placement.is_here else None
+        if self.exchange is not None:
+            is_told = placement.processes[0] == jax.process_index()
+            like = jax.tree.leaves(describe(self.weights[number].value))
+            given = leaves if leaves is not None and is_told else [None] * len(like)
+            leaves = [self.exchange.shared(x, each) for x, each in zip(given, like, strict=True)]
+        assert leaves is not None
+        return stored_array(jax.tree.unflatten(structure, [jnp.asarray(x) for x in leaves]))
 
     def init_cache(self) -> Any:
         """Zeroed pages, a cache for each stage."""

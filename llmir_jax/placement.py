@@ -54,6 +54,20 @@ def check_mesh(option: MeshOption) -> dict[str, int] | None:
     return sizes
 
 
+def processes_of(*meshes: Mesh) -> list[int]:
+    """Those that have devices of the meshes, rising."""
+    return sorted({device.process_index for mesh in meshes for device in mesh.devices.flat})
+
+
+def run_in_turn(*meshes: Mesh) -> bool:
+    """Whether programs on these devices must end before the next begins: on CPUs of several processes.
+
+    XLA has a few threads for all programs, which wait for other processes, and gloo's messages have no names: two
+    at once take each other's threads or messages. Accelerators run what is launched in its order.
+    """
+    return len(processes_of(*meshes)) > 1 and meshes[0].devices.flat[0].platform == "cpu"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Where the arrays of a step live."""
@@ -100,7 +114,17 @@ class Placement:
     @property
     def is_local(self) -> bool:
         """Whether all of its devices are this process's."""
-        return all(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+        return self.processes == [jax.process_index()]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether some of its devices are this process's."""
+        return jax.process_index() in self.processes
+
+    @property
+    def processes(self) -> list[int]:
+        """Those that have its devices, rising."""
+        return processes_of(self.mesh)
 
     def sharding(self, spec: Spec = ()) -> NamedSharding:
         """As JAX takes it; without a spec, whole on every device."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from llmir_jax.pipelined_step import PipelinedStep
+from llmir_jax.processes import num_processes
 from llmir_jax.step import DerivedStep
 
 
@@ -59,6 +60,8 @@ def _copies(step: DerivedStep, num_replicas: int) -> str:
         text = f" for each of {len(layers)} stages of {', '.join(map(str, layers))} layers"
     if num_replicas > 1:
         text += f", and {num_replicas} of these for copies of the model"
+    if text and num_processes() > 1:
+        text += f", in {num_processes()} processes"
     return text
 
 

@@ -8,20 +8,12 @@ from llmir_jax.errors import LlmirError
 from llmir_jax.planning import ModelPlan
 from sharding.choice import GIB, Choice, choose, does_not_fit, milliseconds
 from sharding.compiled import CompiledProgram
-from sharding.cost import LAYOUT_AXES, CostModel, Estimate, Layout, Workload
+from sharding.cost import CostModel, Estimate, Layout, Workload
 from sharding.errors import ShardingError
-from sharding.mesh import SEQUENCE, TENSOR
 from sharding.topologies import Topology
 
-ACROSS_HOSTS = (SEQUENCE, TENSOR)
-"""Axes that a decoder is served over by many processes; by one process all are."""
 _KIB = 1 << 10
 _NAMES = {"weights": "weights", "attention": "attention, KV cache", "head": "head", "collectives": "collectives"}
-
-
-def served_axes(topology: Topology) -> tuple[str, ...]:
-    """The axes that a decoder is served over on a slice."""
-    return LAYOUT_AXES if topology.num_hosts == 1 else ACROSS_HOSTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +152,11 @@ class SlicePlan:
     def _ranking(self) -> list[str]:
         if not self.compared:
             return []
-        served = set(served_axes(self.topology))
         lines = ["", "layouts, by the time of a decoding step", f"  {'':34} {'ms':>9} {'tokens/s':>10} {'GiB':>7}"]
         for each in self.compared:
-            missing = [axis for axis in each.layout.axes if axis not in served]
-            note = f"   {' and '.join(missing)}: in one process only" if missing else ""
             lines.append(
                 f"  {each.layout!s:34} {each.seconds * 1e3:>9,.2f} {each.tokens_per_second:>10,.0f} "
-                f"{_gib(each.memory.total):>7}{note}"
+                f"{_gib(each.memory.total):>7}"
             )
         return lines
 
@@ -192,7 +181,7 @@ def plan_slice(
     try:
         choice = None
         if axes is None:
-            choice = choose(costs, workload, axes=served_axes(topology))
+            choice = choose(costs, workload)
             decode = choice.best
         else:
             decode = costs.estimate(Layout.of(axes), workload)
@@ -282,4 +271,4 @@ def _size(count: float) -> str:
     return f"{count:,.0f} bytes"
 
 
-__all__ = ["SlicePlan", "plan_slice", "served_axes"]
+__all__ = ["SlicePlan", "plan_slice"]

@@ -3,16 +3,15 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType
 from xdsl.dialects.func import FuncOp
-from xdsl.ir import Attribute, BlockArgument
+from xdsl.ir import Attribute
 
 from llmir_jax.analysis.align import main_function, module_length
 from llmir_jax.checkpoint.source import ParameterSource
@@ -22,6 +21,7 @@ from llmir_jax.derive import Derived
 from llmir_jax.dialects import llm
 from llmir_jax.interop import Executable, call_executable, executable
 from llmir_jax.memory import collecting_later, give_back
+from llmir_jax.own_parts import OwnParts
 from llmir_jax.pipeline import Recorder, specialize_step
 from llmir_jax.placement import Placement
 from llmir_jax.quantization import QuantizedArray, Rounding, plain_rounding
@@ -35,7 +35,7 @@ from llmir_jax.transforms.lower_to_kernels import LowerToKernelsPass, Unserved
 from llmir_jax.transforms.memory_planning import part_bytes, parts_of
 from llmir_jax.transforms.pipeline_partitioning import CARRIED
 from llmir_jax.transforms.sharding_attributes import of_argument
-from llmir_jax.weights import Weight, WeightSource, describe, fill
+from llmir_jax.weights import Weight, WeightSource, describe, fill, shapes_of_weights
 
 if TYPE_CHECKING:
     from llmir_jax.targets.cpu.regions import InXla
@@ -171,7 +171,7 @@ class DerivedStep:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """The parameters; where native code has them, shapes and dtypes are in place of their arrays.
+        """The parameters; where native code or other processes have them, shapes and dtypes are in place of arrays.
 
         They are read when this or `params` is first asked for. Raises LlmirError, see `weights.fill`.
         """
@@ -179,17 +179,21 @@ class DerivedStep:
 
     @property
     def params(self) -> tuple[jax.Array | QuantizedArray, ...]:
-        """What `step` takes."""
+        """What `step` takes; nothing where other processes have the step."""
         return self._filled[1]
 
     @cached_property
     def _filled(self) -> tuple[tuple[Weight, ...], tuple[jax.Array | QuantizedArray, ...]]:
         record, placement = self.record, self.placement
+        if placement is not None and not placement.is_here:
+            return tuple(shapes_of_weights(record.main, record.plan)), ()
         if placement is None:
             weights = fill(record.main, record.plan, self._source, self._rounding)
         else:
-            read = partial(self._read_parts, placement)
-            weights = self._placed(fill(record.main, record.plan, self._source, self._rounding, read), placement)
+            own = None
+            if isinstance(self._source, ParameterSource):
+                own = OwnParts(placement=placement, source=self._source, attributes=self._attributes)
+            weights = self._placed(fill(record.main, record.plan, self._source, self._rounding, own), placement)
         if self._arrangement is not None:
             return self._pack(self._arrangement, weights)
         values = tuple(weights)
@@ -215,15 +219,6 @@ class DerivedStep:
             return Derived(module, length, self.max_seqs, record.max_seq_len, plan=record.plan)
         derived = self._derive()
         return _lowerable(derived, self._recorder)[0] if record.native.arrangement is not None else derived
-
-    def _read_parts(self, placement: Placement, arg: BlockArgument, path: str) -> jax.Array | None:
-        """A parameter of a checkpoint where it lives, of which this process reads what its devices have."""
-        reader = self._source.part_reader(path) if isinstance(self._source, ParameterSource) else None
-        spec, kind = of_argument(self._attributes[arg.index]), arg.type
-        if reader is None or spec is None or not isinstance(kind, TensorType) or not kind.get_shape():
-            return None
-        read: Callable[[Any], np.ndarray[Any, Any]] = reader  # JAX's type allows None, which it gives for no array
-        return jax.make_array_from_callback(kind.get_shape(), placement.sharding(spec), read)
 
     def _placed(self, weights: Iterator[Weight], placement: Placement) -> Iterator[Weight]:
         """The weights, each where it lives, one at a time."""
@@ -304,7 +299,9 @@ class DerivedStep:
         return signature.role_of(self._attributes[index])
 
     def init_cache(self) -> Cache:
-        """Zeroed pages."""
+        """Zeroed pages; none where other processes have the step."""
+        if self.placement is not None and not self.placement.is_here:
+            return ()
 
         def pages(index: int) -> Pages:
             if self.placement is not None:
@@ -368,6 +365,13 @@ class DerivedStep:
         from llmir_jax.targets.cpu.team import team
 
         return this_host(), team().size
+
+    def carried(self, num_rows: int) -> list[jax.ShapeDtypeStruct]:
+        """What a stage of a pipeline gets from the one before, its first arguments, for so many rows of tokens."""
+        number = sum(self._role(index) == CARRIED for index in range(len(self._attributes)))
+        if not number:
+            return []
+        return [jax.ShapeDtypeStruct(own.shape, own.dtype) for own in self._executable(num_rows).inputs[:number]]
 
     def step(self, params: Any, cache: Cache, batch: StepBatch) -> tuple[jax.Array, Cache]:
         """Logits float32[max_seqs, vocab_size] of the rows asked for, and the new cache. Traceable."""

@@ -16,6 +16,7 @@ from llmir_jax.analysis.stored_matrix import StoredMatrix
 from llmir_jax.dense import element_dtype
 from llmir_jax.dialects import llm
 from llmir_jax.quantization import Plan, QuantizedArray, Rounding, Scheme, plain_rounding
+from llmir_jax.quantization.array import Layout
 from llmir_jax.trace import Parameter
 from llmir_jax.transforms import signature
 from llmir_jax.transforms.weight_quantization import PARTS, ROWS, stored_matrices
@@ -45,6 +46,16 @@ class WeightSource(Protocol):
 
     def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray:
         """The parameter as a matrix [N, K] in a scheme, rounded where it is not stored so."""
+
+
+class PartsReader(Protocol):
+    """Reads parameters where they live on a mesh, a device's part at a time; None for one that must be read whole."""
+
+    def floats(self, arg: BlockArgument, path: str) -> jax.Array | None:
+        """A parameter that stays as it is, for an argument of @main."""
+
+    def quantized(self, arg: BlockArgument, path: str, scheme: Scheme, rounding: Rounding) -> QuantizedArray | None:
+        """A parameter that is one matrix [N, K], in a scheme."""
 
 
 class ModelWeights:
@@ -155,11 +166,11 @@ def fill(
     plan: Plan | None,
     source: WeightSource,
     rounding: Rounding = plain_rounding,
-    read_parts: Callable[[BlockArgument, str], jax.Array | None] = lambda arg, path: None,
+    own: PartsReader | None = None,
 ) -> Iterator[Weight]:
     """A value for each parameter argument of @main, in order, each made when it is asked for.
 
-    `read_parts` reads a parameter that stays as it is, each device's own part, or gives None where that cannot be.
+    `own` reads the parts of a mesh's devices, or gives None where that cannot be.
 
     Raises LlmirError, which names the parameter, for weights that cannot be quantized.
     """
@@ -170,38 +181,66 @@ def fill(
         if not isinstance(arg.type, llm.QuantizedTensorType):
             assert isinstance(arg.type, TensorType)
             dtype = element_dtype(arg.type.get_element_type())
-            is_whole = ROWS not in attributes[arg.index] and PARTS not in attributes[arg.index]
-            value = read_parts(arg, path) if is_whole else None
+            value = None if own is None or _pieces(attributes[arg.index]) else own.floats(arg, path)
             if value is not None:
                 yield Weight(path=path, value=value)
                 continue
             yield _float_weight(path, attributes[arg.index], source, floats, dtype)
             continue
         assert plan is not None
-        pieces: list[Piece] = []
+        pieces = _pieces(attributes[arg.index])
+        schemes = [plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path) for piece in pieces]
+        if own is not None and len(pieces) == 1 and _is_whole(pieces[0].path, pieces[0].matrix, source):
+            parts = own.quantized(arg, pieces[0].path, schemes[0], rounding)
+            if parts is not None:
+                yield Weight(path=path, value=parts, pieces=pieces)
+                continue
         values = []
-        for part, matrix in stored_matrices(attributes[arg.index]):
-            start = pieces[-1].stop if pieces else 0
-            pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
-            scheme = plan.schemes[part].fitted(matrix.shape, name=part)
-            values.append(read_matrix(source, part, matrix, scheme, floats.read, rounding))
+        for piece, scheme in zip(pieces, schemes, strict=True):
+            values.append(read_matrix(source, piece.path, piece.matrix, scheme, floats.read, rounding))
         whole = _rows_of_all(values).laid_out("columns" if arg.type.in_columns else "rows")
-        yield Weight(path=path, value=whole, pieces=tuple(pieces))
+        yield Weight(path=path, value=whole, pieces=pieces)
+
+
+def shapes_of_weights(module: ModuleOp, plan: Plan | None) -> Iterator[Weight]:
+    """What `fill` gives, with shapes and dtypes in place of arrays: nothing is read."""
+    main = main_function(module)
+    attributes = signature.argument_attributes(main)
+    for arg, path in signature.parameter_paths(main):
+        pieces = _pieces(attributes[arg.index])
+        value: Any
+        if isinstance(arg.type, llm.QuantizedTensorType):
+            assert plan is not None
+            matrices = []
+            for piece in pieces:
+                scheme = plan.schemes[piece.path].fitted(piece.matrix.shape, name=piece.path)
+                matrices.append(QuantizedArray.shapes(scheme, piece.matrix.shape))
+            layout: Layout = "columns" if arg.type.in_columns else "rows"
+            value = jax.eval_shape(lambda own, layout=layout: _rows_of_all(own).laid_out(layout), matrices)
+        else:
+            assert isinstance(arg.type, TensorType)
+            value = jax.ShapeDtypeStruct(arg.type.get_shape(), element_dtype(arg.type.get_element_type()))
+        yield Weight(path=path, value=value, pieces=pieces)
+
+
+def _pieces(attributes: Mapping[str, Attribute]) -> tuple[Piece, ...]:
+    """The matrices that an argument has the rows of, one after the other; none where it is a parameter as it is."""
+    pieces: list[Piece] = []
+    for part, matrix in stored_matrices(attributes) if ROWS in attributes or PARTS in attributes else ():
+        start = pieces[-1].stop if pieces else 0
+        pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
+    return tuple(pieces)
 
 
 def _float_weight(
     path: str, attributes: Mapping[str, Attribute], source: WeightSource, floats: "_LastRead", dtype: np.dtype[Any]
 ) -> Weight:
     """A parameter as it is, or the matrix that an argument has of one or of several."""
-    if ROWS not in attributes and PARTS not in attributes:
+    pieces = _pieces(attributes)
+    if not pieces:
         return Weight(path=path, value=source.read(path))
-    pieces: list[Piece] = []
-    values = []
-    for part, matrix in stored_matrices(attributes):
-        start = pieces[-1].stop if pieces else 0
-        pieces.append(Piece(path=part, matrix=matrix, start=start, stop=start + matrix.shape[0]))
-        values.append(matrix.read(floats.read(part)))
-    return Weight(path=path, value=jnp.asarray(np.concatenate(values).astype(dtype)), pieces=tuple(pieces))
+    values = [piece.matrix.read(floats.read(piece.path)) for piece in pieces]
+    return Weight(path=path, value=jnp.asarray(np.concatenate(values).astype(dtype)), pieces=pieces)
 
 
 class _LastRead:
@@ -304,5 +343,6 @@ __all__ = [
     "fill",
     "floats",
     "read_matrix",
+    "shapes_of_weights",
     "unread",
 ]

@@ -88,23 +88,49 @@ class GGUFFile:
 
     def read(self, name: str) -> np.ndarray:
         tensor, raw = self.tensors[name], self.raw(name)
-        if tensor.kind == GGML.F32:
-            return raw.view(np.float32)
-        if tensor.kind == GGML.F16:
-            return raw.view(np.float16)
-        values = np.empty(tensor.shape, np.float32)
-        if not tensor.num_bytes:
-            return values
-        flat, rows = raw.reshape(-1, raw.shape[-1]), values.reshape(-1, values.shape[-1])
-        for start in range(0, len(rows), ROWS_AT_ONCE):  # the package needs as much memory again
-            some = slice(start, start + ROWS_AT_ONCE)
-            with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file: who uses the values sees it
-                rows[some] = gguf.dequantize(flat[some], tensor.kind)
-        return values
+        return _floats(raw, tensor.kind, tensor.shape) if tensor.num_bytes else np.empty(tensor.shape, np.float32)
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor; of a matrix only the blocks are read that it is of."""
+        if len(index) != 2:
+            whole: np.ndarray = self.read(name)[index]
+            return whole
+        raw, first = self._blocks(name, *index)
+        size, block = gguf.GGML_QUANT_SIZES[self.tensors[name].kind]
+        values = _floats(raw, self.tensors[name].kind, (len(raw), raw.shape[1] // block * size))
+        start, stop, _ = index[1].indices(self.shapes[name][1])
+        return values[:, start - first : stop - first]
 
     def read_quantized(self, name: str, dtype: DTypeLike) -> QuantizedArray:
         """A tensor of `stored`: its blocks, bit for bit."""
         return quantized_from_blocks(self.raw(name), self.tensors[name].kind, dtype)
+
+    def read_quantized_part(self, name: str, dtype: DTypeLike, rows: slice, columns: slice) -> QuantizedArray:
+        """Rows of a tensor of `stored`, and of them columns that are whole blocks."""
+        return quantized_from_blocks(self._blocks(name, rows, columns)[0], self.tensors[name].kind, dtype)
+
+    def _blocks(self, name: str, rows: slice, columns: slice) -> tuple[np.ndarray, int]:
+        """Of rows of a matrix the blocks that columns are of, uint8[rows, bytes], and the first column of these."""
+        tensor = self.tensors[name]
+        size, block = gguf.GGML_QUANT_SIZES[tensor.kind]
+        (top, bottom, _), (left, right, _) = rows.indices(tensor.shape[0]), columns.indices(tensor.shape[1])
+        first, last = left // size, -(-right // size)
+        stride = tensor.shape[1] // size * block
+        start = tensor.offset + top * stride + first * block
+        return self._file.read_rows(start, bottom - top, stride, (last - first) * block), first * size
+
+
+def _floats(raw: np.ndarray, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of bytes uint8[..., bytes of a row], float32 (float16 if F16)."""
+    if kind in (GGML.F32, GGML.F16):
+        return raw.view(np.float32 if kind == GGML.F32 else np.float16)
+    values = np.empty(shape, np.float32)
+    flat, rows = raw.reshape(-1, raw.shape[-1]), values.reshape(-1, values.shape[-1])
+    for start in range(0, len(rows), ROWS_AT_ONCE):  # the package needs as much memory again
+        some = slice(start, start + ROWS_AT_ONCE)
+        with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file: who uses the values sees it
+            rows[some] = gguf.dequantize(flat[some], kind)
+    return values
 
 
 class _Header:

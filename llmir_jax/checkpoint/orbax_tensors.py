@@ -139,9 +139,15 @@ class OrbaxReader:
         import jax
         import orbax.checkpoint as ocp
 
+        # Processes wait for no other: each reads what it needs, and that may be in more or fewer calls.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"llmir_read_{own}"
+        )
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             try:
                 restored: dict[str, Any] = checkpointer.restore(self.path.resolve(), args=args)
             except Exception as error:

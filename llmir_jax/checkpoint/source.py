@@ -21,6 +21,7 @@ from llmir_jax.quantization import (
     Scheme,
     make_plan,
     plain_rounding,
+    quantize,
 )
 
 Parameter = jax.Array | QuantizedArray
@@ -53,6 +54,14 @@ class PartReader(Protocol):
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A box of a tensor."""
+
+
+@runtime_checkable
+class QuantizedPartReader(Protocol):
+    """A reader that can read a part of a quantized matrix without the rest."""
+
+    def read_quantized_part(self, name: str, dtype: DTypeLike, rows: slice, columns: slice) -> QuantizedArray:
+        """Rows of a tensor of `stored`, and of them columns that are whole groups, bit for bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,20 +141,82 @@ class ParameterSource:
         return jnp.asarray(np.ascontiguousarray(array.astype(dtype, copy=False)))
 
     def part_reader(self, path: str) -> Callable[[tuple[slice, ...]], np.ndarray] | None:
-        """Reads a box of the parameter, of its dtype in the model, without the rest; None where its file must be read
-        whole: quantized ones, and those whose rows are in another order."""
-        source = self._sources[path]
-        reader = self._reader
-        if path in self._replaced or source.interleaved_heads is not None or not isinstance(reader, PartReader):
+        """Reads a box of the parameter, of its dtype in the model, without the rest; None where it must be read whole:
+        in a checkpoint of orbax, or where it is `replaced`."""
+        source, reader = self._sources[path], self._reader
+        if path in self._replaced or not isinstance(reader, PartReader):
             return None
         dtype = self.parameters[path].dtype
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             if not source.transposed:
-                return reader.read_part(source.name, index).astype(dtype, copy=False)
-            return reader.read_part(source.name, index[::-1]).T.astype(dtype)
+                return self._box(reader, source, index).astype(dtype, copy=False)
+            return self._box(reader, source, index[::-1]).T.astype(dtype)
 
         return read
+
+    def quantized_reader(
+        self, path: str, scheme: Scheme, rounding: Rounding = plain_rounding
+    ) -> Callable[[slice, slice], QuantizedArray] | None:
+        """Reads rows of one of `matrices`, and of them columns that are whole groups, without the rest.
+
+        The bits are those of `read_quantized`. None where it must be read whole: as `part_reader` has it, where a scale
+        is for all rows, or where the rounding depends on more than the values.
+        """
+        shape, dtype = self.matrices[path], self.parameters[path].dtype
+        scheme = scheme.fitted(shape, name=path)
+        source, reader = self._sources[path], self._reader
+        if path in self._replaced or scheme.per_tensor:
+            return None
+        if path in self.stored and self.stored[path].same_storage(scheme, shape):
+            if not isinstance(reader, QuantizedPartReader):
+                return None
+            blocks = reader
+
+            def read_blocks(rows: slice, columns: slice) -> QuantizedArray:
+                wide, own = self._heads_of(source, rows)
+                array = self._finite(path, blocks.read_quantized_part(source.name, dtype, wide, columns))
+                return self._heads_apart(source, array).span(own.start, own.stop)
+
+            return read_blocks
+        if rounding is not plain_rounding or not isinstance(reader, PartReader):
+            return None
+        floats = reader
+        is_transposed = _is_kernel(path) and not source.transposed
+
+        def read(rows: slice, columns: slice) -> QuantizedArray:
+            if is_transposed:
+                box = self._box(floats, source, (columns, rows)).T
+            else:
+                box = self._box(floats, source, (rows, columns))
+            top, left = rows.indices(shape[0])[0], columns.indices(shape[1])[0]
+            where = "" if box.shape == shape else f", counted from row {top} and column {left} on"
+            return quantize(box, scheme, name=f"{path}{where}", dtype=dtype)
+
+        return read
+
+    def _box(self, reader: PartReader, source: Source, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a tensor as it is stored, but for the order of rows."""
+        if source.interleaved_heads is None:
+            return reader.read_part(source.name, index)
+        wide, own = self._heads_of(source, index[0])
+        found = reader.read_part(source.name, (wide, *index[1:]))
+        return _split_pairs(found, self._num_heads(source, wide))[own]
+
+    def _heads_of(self, source: Source, rows: slice) -> tuple[slice, slice]:
+        """The rows of whole heads that some rows are of, which the file has in another order; and where in them."""
+        num_rows = self._reader.shapes[source.name][0]
+        start, stop, _ = rows.indices(num_rows)
+        if source.interleaved_heads is None:
+            return slice(start, stop), slice(0, stop - start)
+        size = num_rows // source.interleaved_heads
+        first, last = start // size * size, -(-stop // size) * size
+        return slice(first, last), slice(start - first, stop - first)
+
+    def _num_heads(self, source: Source, rows: slice) -> int:
+        assert source.interleaved_heads is not None
+        num_rows = self._reader.shapes[source.name][0]
+        return int((rows.stop - rows.start) * source.interleaved_heads // num_rows)
 
     def read_quantized(self, path: str, scheme: Scheme, rounding: Rounding = plain_rounding) -> QuantizedArray:
         """One of `matrices`, [outputs, inputs]: bit for bit what is `stored` if that is of the scheme's format.
@@ -205,17 +276,26 @@ class ParameterSource:
 
     def _read_stored(self, path: str) -> QuantizedArray:
         source = self._sources[path]
-        array = self._reader.read_quantized(source.name, self.parameters[path].dtype)
+        array = self._finite(path, self._reader.read_quantized(source.name, self.parameters[path].dtype))
+        return self._heads_apart(source, array)
+
+    def _finite(self, path: str, array: QuantizedArray) -> QuantizedArray:
         for what, part in (("scale", array.scales), ("minimum", array.minima)):
             if part is not None and not np.isfinite(np.asarray(part, np.float32)).all():
                 raise CheckpointError(
-                    f"{self._reader.path}: {path}: a {what} of tensor {source.name!r} is not finite; fetch it again"
+                    f"{self._reader.path}: {path}: a {what} of tensor {self._sources[path].name!r} is not finite; "
+                    "fetch it again"
                 )
+        return array
+
+    def _heads_apart(self, source: Source, array: QuantizedArray) -> QuantizedArray:
+        """Rows of whole heads in our order."""
         if source.interleaved_heads is None or array.per_tensor:
-            order = None
-        else:
-            order = _split_pairs(np.arange(array.shape[0]), source.interleaved_heads)
-        return array if order is None else jax.tree.map(lambda part: jnp.asarray(np.asarray(part)[order]), array)
+            return array
+        num_heads = self._num_heads(source, slice(0, array.shape[0]))
+        order = _split_pairs(np.arange(array.shape[0]), num_heads)
+        made: QuantizedArray = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)[order]), array)
+        return made
 
     def _rows_in_order(self, source: Source, array: np.ndarray) -> np.ndarray:
         return array if source.interleaved_heads is None else _split_pairs(array, source.interleaved_heads)

@@ -15,6 +15,7 @@ from llmir_jax.cli import options
 @click.option("--tokens", type=options.COUNT, metavar="N", help="Rows of tokens of the step that is shown or compiled.")
 @click.option("--max-seqs", type=options.COUNT, default=1, show_default=True, help="Sequences served at once.")
 @options.target_option
+@options.mesh_option
 @options.quantization_options
 @options.model_options
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
@@ -25,6 +26,7 @@ def compile_command(
     tokens: int | None,
     max_seqs: int,
     target: str | None,
+    mesh: str | None,
     as_json: bool,
     quantize: tuple[str, ...],
     calibrate: Path | None,
@@ -40,7 +42,8 @@ def compile_command(
     Without --emit, everything that serving needs is compiled, and kept on disk for later starts; the report says what
     was matched, how each part is served, and what the self-check found. With --emit, only the passes run, and the IR
     of a stage is printed: "stablehlo" as traced, "llm" over the paged cache, "target" as XLA compiles it. On a CPU the
-    step is native code where it can be; --target reference has XLA compile all of it.
+    step is native code where it can be; --target reference has XLA compile all of it, and with --mesh it is partitioned
+    over the devices that JAX has.
 
     \b
     llmir compile smollm2-135m
@@ -62,7 +65,7 @@ def compile_command(
             buckets=None if tokens is None else [tokens],
             verify=not no_verify and emit is None,
             **cache.sizes(1, num_seqs=max_seqs),
-            **options.target_choice(target),
+            **options.target_choice(target, mesh),
             **quantization,
         )
         advance()

@@ -52,6 +52,12 @@ def _parse_ids(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-sequence tokens.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each time, 0 to 20.")
+@click.option(
+    "--snapshots",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Keep there how far the answer is, and after a restart go on from there.",
+)
 @options.target_option
 @options.mesh_option
 @many.on_many_processes
@@ -81,6 +87,7 @@ def generate_command(
     no_verify: bool,
     stop: tuple[str, ...],
     logprobs: int | None,
+    snapshots: Path | None,
     **sampling: Any,
 ) -> None:
     """Generate text from PROMPT, or from what is piped in (PROMPT "-").
@@ -97,6 +104,8 @@ def generate_command(
     """
     started = time.perf_counter()
     _check_combination(prompt, token_ids, system=system, raw=raw, interactive=interactive, as_json=as_json)
+    if interactive and snapshots is not None:
+        raise click.UsageError("--snapshots is for one answer: leave out --interactive")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is for --json: add it")
     params = _sampling_params(max_tokens=max_tokens, stop=stop, logprobs=logprobs, **sampling)
@@ -128,7 +137,7 @@ def generate_command(
     if interactive:
         _chat(decoder, loaded, params, system, cache)
     else:
-        answer = _Answer(decoder, ids, params)
+        answer = _Answer(decoder, ids, params, snapshots)
         for text in answer:
             if not as_json:
                 _write(text)
@@ -208,10 +217,12 @@ def _fit(params: "SamplingParams", num_prompt: int, cache: options.CacheOptions)
 class _Answer:
     """The pieces of text of one answer, as they come; then its output, and when what happened."""
 
-    def __init__(self, decoder: "Decoder", ids: Sequence[int], params: "SamplingParams"):
+    def __init__(
+        self, decoder: "Decoder", ids: Sequence[int], params: "SamplingParams", snapshots: Path | None = None
+    ) -> None:
         self._decoder = decoder
         self._compiled_before = sum(c.seconds for c in decoder.engine.compilations)
-        self._updates = decoder.stream(ids, params)
+        self._updates = decoder.stream(ids, params, snapshots=snapshots)
         self._times: list[float] = []  # of each token
         self._output: RequestOutput | None = None
 

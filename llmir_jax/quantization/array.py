@@ -114,6 +114,26 @@ class QuantizedArray:
         return sum(math.prod(x.shape) * _num_bits(x.dtype) // 8 for x in jax.tree.leaves(self))
 
     @classmethod
+    def shapes(cls, scheme: Scheme, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> "QuantizedArray":
+        """Of a matrix [N, K] in a scheme that fits it, in rows, with `jax.ShapeDtypeStruct`s in place of its arrays."""
+        n, k = shape
+        group_size = scheme.group_size or k
+        groups = (1, 1) if scheme.per_tensor else (n, k // group_size)
+        has_minimum = scheme.kind == "minimum"
+        values = ((n, k // 2), "uint8") if scheme.bits == 4 else ((n, k), _value_dtype(8, unsigned=has_minimum))
+        struct: Any = jax.ShapeDtypeStruct
+        return cls(
+            values=struct(*values),
+            scales=struct(groups, scheme.scale_dtype),
+            zero_points=struct(groups, "int8") if scheme.kind == "zero_point" else None,
+            minima=struct(groups, scheme.scale_dtype) if has_minimum else None,
+            bits=scheme.bits,
+            group_size=group_size,
+            shape=shape,
+            dtype=jnp.dtype(dtype),
+        )
+
+    @classmethod
     def from_integers(
         cls,
         integers: ArrayLike,

@@ -143,27 +143,37 @@ class Engine:
         return [request.output() for request in requests]
 
     def stream(
-        self, prompts: Sequence[ArrayLike], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[ArrayLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        snapshots: Snapshots | None = None,
     ) -> Iterator[RequestUpdate]:
         """Answer every prompt and yield what comes, as it comes; ``prompt_idx`` says whose it is.
 
         Arguments and errors are those of `generate`; they are checked by this call, and the requests are added when the
-        iterator is first advanced. Closing the iterator cancels what is unfinished.
+        iterator is first advanced. Closing the iterator cancels what is unfinished. What a snapshot has comes first.
         """
-        return self._stream(self._make_requests(prompts, params))
+        return self._stream(self._make_requests(prompts, params), snapshots)
 
-    def _stream(self, requests: list[Request]) -> Iterator[RequestUpdate]:
+    def _stream(self, requests: list[Request], snapshots: Snapshots | None) -> Iterator[RequestUpdate]:
         readers = [UpdateReader(request) for request in requests]
+        if snapshots is not None:
+            snapshots.restore(requests)
         try:
-            self._add(requests)
+            self._add([request for request in requests if request.finish is None])
             while True:
                 for reader in readers:
                     if (update := reader.read()) is not None:
                         yield update
                 _raise_errors(requests)
                 if all(request.finish is not None for request in requests):
+                    if snapshots is not None:
+                        snapshots.finish()
                     return
                 self._advance()
+                if snapshots is not None:
+                    snapshots.take(requests)
         finally:
             self._cancel(requests)
 

@@ -29,9 +29,14 @@ class Packing:
 
     fields: tuple[Field, ...]
 
+    @property
+    def size(self) -> int:
+        """Of the vector."""
+        return sum(field.size for field in self.fields)
+
     def allocate(self) -> tuple[NDArray[np.int32], dict[str, NDArray[Any]]]:
         """A zeroed vector, and views of it by field name to fill in."""
-        buffer = np.zeros(sum(field.size for field in self.fields), np.int32)
+        buffer = np.zeros(self.size, np.int32)
         return buffer, self.views(buffer)
 
     def views(self, buffer: NDArray[np.int32]) -> dict[str, NDArray[Any]]:

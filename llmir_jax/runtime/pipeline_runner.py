@@ -4,10 +4,14 @@ The rows of a batch are cut into as many parts (micro-batches) as there are stag
 first part; while stage 1 goes on with it, stage 0 computes the second, and so on: for tokens that are decoded as for
 prompts. Rows of one sequence may be in several parts, since every stage computes the parts in order and attention looks
 back only. JAX dispatches without waiting, so that each device has its next part as soon as that has been computed.
+
+Stages may be on devices of several processes. Each process runs the stages that it has devices of, and takes part in
+what these hand over; the last stage's tell the others which tokens they have chosen.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from llmir_jax.placement import Placement
+from llmir_jax.exchange import Exchange
+from llmir_jax.placement import Placement, run_in_turn
 from llmir_jax.runtime import sampler
 from llmir_jax.runtime.batch import Cache, StepBatch
+from llmir_jax.runtime.handover import Handover
 from llmir_jax.runtime.packing import Packing
 from llmir_jax.runtime.runner import Runner
 
@@ -29,6 +35,10 @@ class Stage(Protocol):
     def params(self) -> Any: ...
     @property
     def placement(self) -> Placement | None: ...
+    def carried(self, num_rows: int) -> list[jax.ShapeDtypeStruct]:
+        """What it gets from the one before, for so many rows of tokens."""
+        ...
+
     def call(
         self, params: Any, cache: Cache, batch: StepBatch, carried: Sequence[jax.Array] = ()
     ) -> tuple[list[Any], Cache]:
@@ -38,10 +48,14 @@ class Stage(Protocol):
 
 @runtime_checkable
 class PipelinedModel(Protocol):
-    """A model in stages; its parameters and its cache are tuples with an entry for each."""
+    """A model in stages; its parameters and its cache are tuples with an entry for each, empty for other processes'."""
 
     @property
     def stages(self) -> Sequence[Stage]: ...
+    @property
+    def exchange(self) -> Exchange | None:
+        """Between the processes of all stages; None where there is one."""
+        ...
 
 
 def num_parts(num_rows: int, num_stages: int) -> int:
@@ -52,31 +66,68 @@ def num_parts(num_rows: int, num_stages: int) -> int:
 class PipelineRunner(Runner):
     """Runs schedules on the stages of a model; arguments are those of `Runner`, `placement` that of the last stage."""
 
-    def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
-        model = self._model
-        assert isinstance(model, PipelinedModel)
+    def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array | None, jax.Array | None, Any]]:
+        stages = self._stages
         num_rows = next(field.size for field in packing.fields if field.name == "tokens")
-        size = num_rows // num_parts(num_rows, len(model.stages))
+        size = num_rows // num_parts(num_rows, len(stages))
         part_packing = self._step_packing(size)
         programs = [
-            jax.jit(partial(self._trace_stage, stage, part_packing), donate_argnames="cache") for stage in model.stages
+            jax.jit(partial(self._trace_stage, stage, part_packing), donate_argnames="cache") for stage in stages
         ]
         merge = jax.jit(self._trace_merge)
 
-        def run(params: Any, cache: Any, packed: NDArray[np.int32]) -> tuple[jax.Array, jax.Array, Any]:
+        def run(params: Any, cache: Any, packed: NDArray[np.int32]) -> tuple[jax.Array | None, jax.Array | None, Any]:
             views, caches, logits = packing.views(packed), list(cache), []
             for start in range(0, max(1, int(views["num_tokens"])), size):
                 part = self._part(views, part_packing, start, size)
                 carried: list[jax.Array] = []
-                for number, (stage, program) in enumerate(zip(model.stages, programs, strict=True)):
-                    assert stage.placement is not None
-                    carried = [jax.device_put(x, stage.placement.sharding()) for x in carried]
-                    carried, caches[number] = program(params[number], caches[number], part, carried)
-                logits += carried
+                for number, (stage, program) in enumerate(zip(stages, programs, strict=True)):
+                    if number and self._handovers[number - 1].is_here:
+                        like = _with_dimensions(stage.carried(size)) if _is_here(stage) else ()
+                        carried = self._handovers[number - 1](carried, like)
+                    if _is_here(stage):
+                        carried, caches[number] = program(params[number], caches[number], part, carried)
+                        if self._in_turn:
+                            jax.block_until_ready(carried)
+                if self._is_here:
+                    logits += carried
+            if not self._is_here:
+                return None, None, tuple(caches)
             chosen, greedy = merge(logits, views["logits_rows"] // size)
             return chosen, greedy, tuple(caches)
 
         return run
+
+    def warmup(self) -> None:
+        super().warmup()
+        for size in (self._model.max_seqs, self.sampled_size):
+            self._shared(np.zeros(size, np.int32), jax.ShapeDtypeStruct((size,), np.int32))
+
+    def _fetch(self, chosen: jax.Array | None, shape: tuple[int, ...]) -> NDArray[np.int32]:
+        return self._shared(None if chosen is None else np.asarray(chosen), jax.ShapeDtypeStruct(shape, np.int32))
+
+    def _logits_on_host(self, logits: jax.Array | None) -> NDArray[np.float32]:
+        own = None if logits is None else super()._logits_on_host(logits)
+        return self._shared(own, jax.ShapeDtypeStruct((self._model.max_seqs, self._model.vocab_size), np.float32))
+
+    def _shared(self, own: NDArray[Any] | None, like: jax.ShapeDtypeStruct) -> NDArray[Any]:
+        """What processes of the last stage have, in those of all stages."""
+        assert isinstance(self._model, PipelinedModel) and self._placement is not None
+        if self._model.exchange is None:
+            assert own is not None
+            return own
+        is_told = self._placement.processes[0] == jax.process_index()
+        return self._model.exchange.shared(own if is_told else None, like)
+
+    @cached_property
+    def _in_turn(self) -> bool:
+        return run_in_turn(*(stage.placement.mesh for stage in self._stages if stage.placement is not None))
+
+    @cached_property
+    def _handovers(self) -> list[Handover]:
+        """Between stages that follow each other."""
+        placements = [stage.placement for stage in self._stages if stage.placement is not None]
+        return [Handover(source, target) for source, target in pairwise(placements)]
 
     def _make_copy(self) -> Callable[..., Any]:
         copies = [jax.jit(self._trace_copy_pages, donate_argnames="cache") for _ in self._stages]
@@ -84,7 +135,8 @@ class PipelineRunner(Runner):
         def run(cache: Any, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> Any:
             # a stage may have no layer of the last groups
             return tuple(
-                copy(own, sources[: len(own)], targets[: len(own)]) for copy, own in zip(copies, cache, strict=True)
+                copy(own, sources[: len(own)], targets[: len(own)]) if own else own
+                for copy, own in zip(copies, cache, strict=True)
             )
 
         return run
@@ -111,12 +163,14 @@ class PipelineRunner(Runner):
     ) -> tuple[list[jax.Array], Cache]:
         self._num_traces += 1
         _, batch = self._unpack_batch(packing, packed)
+        like = stage.carried(batch.tokens.shape[0])
+        carried = [x.reshape(own.shape) for x, own in zip(carried, like, strict=True)]
         results, cache = stage.call(params, cache, batch, carried)
         if stage is self._stages[-1]:
             shape = (self._model.max_seqs, self._model.vocab_size)
             return [jnp.asarray(results[0]).reshape(shape).astype(jnp.float32)], cache
         assert stage.placement is not None
-        return [stage.placement.constrain(x) for x in results], cache
+        return [stage.placement.constrain(jnp.atleast_1d(x)) for x in results], cache
 
     def _trace_merge(self, logits: list[jax.Array], parts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits [S, V] of the sequences' own parts, and their argmax."""
@@ -126,3 +180,12 @@ class PipelineRunner(Runner):
         for number, part in enumerate(logits[1:], 1):
             chosen = jnp.where(own[:, None] == number, part, chosen)
         return chosen, self._whole(sampler.greedy(chosen))
+
+
+def _is_here(stage: Stage) -> bool:
+    return stage.placement is not None and stage.placement.is_here
+
+
+def _with_dimensions(like: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+    """As they are handed over: what has no dimension gets one."""
+    return [jax.ShapeDtypeStruct(own.shape or (1,), own.dtype) for own in like]

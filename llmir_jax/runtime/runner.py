@@ -9,7 +9,7 @@ cache. A call takes one host array in, or two, and at most one comes back.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from llmir_jax.placement import Placement
+from llmir_jax.placement import Placement, run_in_turn
 from llmir_jax.runtime import sampler
 from llmir_jax.runtime.batch import Cache, StepBatch, StepModel
 from llmir_jax.runtime.outputs import TokenLogprobs
@@ -70,6 +70,8 @@ class Runner:
         placement: Placement | None = None,
     ) -> None:
         self._placement = placement
+        self._is_here = placement is None or placement.is_here
+        """Whether logits are in this process. Those of a pipeline are where its last stage is."""
         self.compilations: list[Compilation] = []
         self._model = model
         self._pages = pages
@@ -88,9 +90,14 @@ class Runner:
         self._fill_seen = jax.jit(self._trace_fill_seen, donate_argnames="seen")
         self._copy_pages = self._make_copy()
         self._cache: Cache | None = model.init_cache()
-        self._seen: jax.Array | None = self._init_seen()
+        self._seen: jax.Array | None = self._init_seen() if self._is_here else None
 
-    def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+    @cached_property
+    def _in_turn(self) -> bool:
+        """Whether each program must end before the next is launched."""
+        return self._placement is not None and run_in_turn(self._placement.mesh)
+
+    def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array | None, jax.Array | None, Any]]:
         """The model's step: (params, cache, packed batch) → logits, their argmax, new cache."""
         return jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
 
@@ -105,23 +112,58 @@ class Runner:
 
         Waits for the device only if a token is sampled.
         """
+        return self.read(schedule, self.launch(schedule)())
+
+    def launch(self, schedule: Schedule) -> Callable[[], NDArray[np.int32] | None]:
+        """The device's part of `run`, without waiting for it: the function waits, and gives what comes back.
+
+        That is of `result_shape`, or None if no token is sampled.
+        """
         if schedule.copies:
             self._run_copies(schedule.copies)
         if schedule.num_steps is not None:
-            return self._run_burst(schedule, schedule.num_steps)
+            return self._launch_burst(schedule, schedule.num_steps)
         logits, greedy = self._run_step(self._pack_batch(schedule), schedule.bucket)
-        ending = [chunk for chunk in schedule.chunks if chunk.is_last]
-        if not ending:
+        shape = self.result_shape(schedule)
+        if shape is None:
+            return lambda: None
+        if logits is not None and not schedule.is_plain_greedy:
+            for chunk in schedule.ending:
+                self._ensure_seen(chunk)
+            greedy = self._run_sampler(logits, self._pack_rows(schedule.ending))
+        return partial(self._fetch, greedy, shape)
+
+    def _fetch(self, chosen: jax.Array | None, shape: tuple[int, ...]) -> NDArray[np.int32]:
+        """What has been chosen, of this shape, on the host."""
+        assert chosen is not None
+        return np.asarray(chosen)
+
+    def result_shape(self, schedule: Schedule) -> tuple[int, ...] | None:
+        """Of the int32 that come back; None if there are none."""
+        if schedule.num_steps is not None:
+            return MAX_STEPS, self._model.max_seqs
+        if not schedule.ending:
+            return None
+        return (self._model.max_seqs,) if schedule.is_plain_greedy else (self._tokens_packing.size,)
+
+    @property
+    def sampled_size(self) -> int:
+        """Of the int32 that come back where they are not likeliest tokens alone."""
+        return self._tokens_packing.size
+
+    def read(self, schedule: Schedule, values: NDArray[np.int32] | None) -> list[NextToken]:
+        """The host's part of `run`, of what has come back here or in another process."""
+        if values is None:
             return []
-        if all(chunk.request.params.is_plain_greedy for chunk in ending):
-            tokens = np.asarray(greedy)
-            return [self._next_token(chunk, tokens[chunk.slot]) for chunk in ending]
-        for chunk in ending:
-            self._ensure_seen(chunk)
-        values = self._tokens_packing.views(np.asarray(self._run_sampler(logits, self._pack_rows(ending))))
+        if schedule.num_steps is not None:
+            rows = values[: schedule.num_steps]
+            return [self._next_token(chunk, row[chunk.slot]) for row in rows for chunk in schedule.chunks]
+        if schedule.is_plain_greedy:
+            return [self._next_token(chunk, values[chunk.slot]) for chunk in schedule.ending]
+        fields = self._tokens_packing.views(values)
         return [
-            self._next_token(chunk, *(values[name][chunk.slot] for name in sampler.SampledTokens._fields))
-            for chunk in ending
+            self._next_token(chunk, *(fields[name][chunk.slot] for name in sampler.SampledTokens._fields))
+            for chunk in schedule.ending
         ]
 
     def num_steps_in(self, seconds: float) -> int:
@@ -153,6 +195,10 @@ class Runner:
         for idx, table in enumerate(block_tables):
             views[_table_name(idx)][...] = table
         logits, _ = self._run_step(buffer, bucket)
+        return self._logits_on_host(logits)
+
+    def _logits_on_host(self, logits: jax.Array | None) -> NDArray[np.float32]:
+        assert logits is not None
         return np.asarray(logits) if self._placement is None else self._placement.to_host(logits)
 
     def warmup(self) -> None:
@@ -161,13 +207,15 @@ class Runner:
             packed, _ = self._step_packings[bucket].allocate()
             logits, _ = self._run_step(packed, bucket)
         packed, _ = self._rows_packing.allocate()
-        self._run_sampler(logits, packed).block_until_ready()
+        if logits is not None:  # else the last stage of a pipeline is another process's
+            self._run_sampler(logits, packed).block_until_ready()
         for bucket in self._bursts:
             buffer, _ = self._step_packings[bucket].allocate()
             for rows in (None, packed):
                 self._call_burst(buffer, rows, bucket).block_until_ready()
         self._run_copies(())
-        self._run_fill_seen(self._model.max_seqs, [])  # a slot that does not exist: nothing is filled
+        if logits is not None:
+            self._run_fill_seen(self._model.max_seqs, [])  # a slot that does not exist: nothing is filled
 
     def drop_state(self) -> None:
         """Throw the device's state away, for example because it may hold NaNs; the next step begins with zeros."""
@@ -180,24 +228,30 @@ class Runner:
 
     # Calls of the compiled programs. Each puts the new state in place of the one it donated.
 
-    def _run_step(self, packed: NDArray[np.int32], bucket: int) -> tuple[jax.Array, jax.Array]:
+    def _run_step(self, packed: NDArray[np.int32], bucket: int) -> tuple[jax.Array | None, jax.Array | None]:
         cache = self._model.init_cache() if self._cache is None else self._cache
         call = partial(self._steps[bucket], self._model.params, cache, packed)
         logits, greedy, self._cache = self._timed("step", bucket, call)
         return logits, greedy
 
-    def _run_burst(self, schedule: Schedule, num_steps: int) -> list[NextToken]:
+    def _launch_burst(self, schedule: Schedule, num_steps: int) -> Callable[[], NDArray[np.int32]]:
         rows = None
-        if not all(chunk.request.params.is_plain_greedy for chunk in schedule.chunks):
+        if not schedule.is_plain_greedy:
             for chunk in schedule.chunks:
                 self._ensure_seen(chunk)
             rows = self._pack_rows(list(schedule.chunks))
         packed = self._pack_batch(schedule)
         num_traces, start = self._num_traces, time.perf_counter()
-        tokens = np.asarray(self._call_burst(packed, rows, schedule.bucket))
-        if self._num_traces == num_traces:
-            self._step_seconds = (time.perf_counter() - start) / num_steps
-        return [self._next_token(chunk, row[chunk.slot]) for row in tokens[:num_steps] for chunk in schedule.chunks]
+        tokens = self._call_burst(packed, rows, schedule.bucket)
+        is_timed = self._num_traces == num_traces
+
+        def fetch() -> NDArray[np.int32]:
+            found = np.asarray(tokens)
+            if is_timed:
+                self._step_seconds = (time.perf_counter() - start) / num_steps
+            return found
+
+        return fetch
 
     def _call_burst(self, packed: NDArray[np.int32], rows: NDArray[np.int32] | None, bucket: int) -> jax.Array:
         """Tokens int32[MAX_STEPS, S]. `rows` are the sampler's, None for argmaxes."""
@@ -243,6 +297,8 @@ class Runner:
         num_traces = self._num_traces
         start = time.perf_counter()
         result = call()
+        if self._in_turn:
+            jax.block_until_ready(result)
         if self._num_traces != num_traces:
             seconds = time.perf_counter() - start
             self.compilations.append(Compilation(program=program, bucket=bucket, seconds=seconds))

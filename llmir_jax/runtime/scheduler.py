@@ -14,6 +14,7 @@ import bisect
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from llmir_jax.errors import RequestError
 from llmir_jax.runtime.batch import CacheGroup
@@ -44,6 +45,16 @@ class Schedule:
     chunks: tuple[Chunk, ...]
     bucket: int
     num_steps: int | None = None
+
+    @cached_property
+    def ending(self) -> list[Chunk]:
+        """Those that end their requests' tokens, after each of which one is sampled."""
+        return [chunk for chunk in self.chunks if chunk.is_last]
+
+    @cached_property
+    def is_plain_greedy(self) -> bool:
+        """Whether the likeliest tokens are all that is sampled."""
+        return all(chunk.request.params.is_plain_greedy for chunk in self.ending)
 
     def stop(self, chunk: Chunk) -> int:
         """The end of what the call computes of a request."""

@@ -47,6 +47,13 @@ def test_ir_on_stdout(run: Run, chat_model: Path) -> None:
     assert result.exit_code == 0 and result.stdout.startswith("builtin.module") and result.stderr == ""
 
 
+def test_a_mesh(run: Run, chat_model: Path) -> None:
+    result = run("compile", chat_model, *SMALL, "--no-verify", "--tokens", 4, "--mesh", "tensor=1")
+    assert result.exit_code == 0 and "partitioned over tensor 1 on 1 cpu device" in result.stdout, result.output
+    assert_one_line_error(run("compile", chat_model, "--mesh", "tensor=5"), 1, "tensor 5 needs 5 devices")
+    assert_one_line_error(run("compile", chat_model, "--mesh", "tensr=5"), 2, "there is no axis 'tensr'")
+
+
 def test_targets(run: Run, chat_model: Path) -> None:
     def servers(*options: str) -> set[str]:
         result = run("compile", chat_model, *SMALL, "--json", "--no-verify", "--tokens", 4, *options)

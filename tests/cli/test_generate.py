@@ -12,6 +12,8 @@ import pytest
 from command_line import Run, assert_one_line_error
 
 import llmir_jax as llmir
+from llmir_jax.runtime.request import Request
+from llmir_jax.runtime.snapshots import Snapshots
 
 FIXED = ("--max-seq-len", 64, "--no-verify")  # one shape for most of the tests
 
@@ -51,6 +53,29 @@ def test_json(run: Run, chat_model: Path) -> None:
     assert times["first_token_s"] <= times["total_s"]
     assert "self-check: passed" in result.stderr and "2 layers: 4 heads" in result.stderr
     assert run(*common, "--no-verify").stdout == answer["text"] + "\n"
+
+
+def test_an_answer_that_was_cut_off_goes_on(run: Run, chat_model: Path, tmp_path: Path) -> None:
+    common = ("generate", "--token-ids", "1,2,3", "-m", chat_model, "-n", 4, "--ignore-eos", *FIXED)
+    request = Request(
+        request_id=1,
+        prompt_idx=0,
+        prompt=[1, 2, 3],
+        params=llmir.SamplingParams(max_tokens=4, ignore_eos=True),
+        seed=0,
+        max_new_tokens=4,
+        stop_token_ids=frozenset(),
+        tokenizer=None,
+    )
+    for token in (7, 8):  # not what would be said
+        request.append(token)
+    folder = tmp_path / "snapshots"
+    Snapshots(folder, every=0).take([request])
+    result = run(*common, "--json", "--snapshots", folder)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["token_ids"] == [7, 8, *greedy(llmir.load(chat_model), [1, 2, 3, 7, 8], 2)]
+    assert not list(folder.iterdir()), "it has ended"
+    assert_one_line_error(run("generate", "-i", "-m", chat_model, "--snapshots", folder), 2, "leave out --interactive")
 
 
 def test_a_prompt_from_stdin(run: Run, chat_model: Path) -> None:

@@ -165,7 +165,7 @@ def test_logits_that_are_not_numbers_end_the_request_and_no_other(single: Engine
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("name", ["_call_burst", "_run_burst", "_timed"])
+@pytest.mark.parametrize("name", ["_call_burst", "_launch_burst", "_timed"])
 def test_interrupts_leave_the_engine_usable(
     single: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, late: bool
 ):

@@ -43,7 +43,8 @@ def engine() -> Engine:
 def test_a_new_start_goes_on(engine: Engine, tmp_path: Path):
     whole = engine.generate(PROMPTS, PARAMS)
     with pytest.raises(Killed):
-        engine.generate(PROMPTS, PARAMS, snapshots=KilledAfter(tmp_path, every=4))
+        engine.generate(PROMPTS, PARAMS, snapshots=KilledAfter(tmp_path, every=0))
+    (tmp_path / "10.orbax-checkpoint-tmp").mkdir()  # of one that was being written
     calls: list[int] = []
 
     class Counted(Snapshots):
@@ -51,7 +52,7 @@ def test_a_new_start_goes_on(engine: Engine, tmp_path: Path):
             calls.append(requests[0].num_generated)
             super().take(requests)
 
-    resumed = engine.generate(PROMPTS, PARAMS, snapshots=Counted(tmp_path, every=4))
+    resumed = engine.generate(PROMPTS, PARAMS, snapshots=Counted(tmp_path, every=0))
     assert [output.token_ids for output in resumed] == [output.token_ids for output in whole]
     assert resumed[1].logprobs is not None and whole[1].logprobs is not None
     for ours, theirs in zip(resumed[1].logprobs, whole[1].logprobs, strict=True):
@@ -62,9 +63,25 @@ def test_a_new_start_goes_on(engine: Engine, tmp_path: Path):
     assert [output.token_ids for output in again] == [output.token_ids for output in whole]
 
 
+def test_a_stream_begins_with_what_was_there(engine: Engine, tmp_path: Path):
+    (whole,) = engine.generate(PROMPTS[:1], PARAMS[0])
+    with pytest.raises(Killed):
+        engine.generate(PROMPTS[:1], PARAMS[0], snapshots=KilledAfter(tmp_path, every=0))
+    first, *others = engine.stream(PROMPTS[:1], PARAMS[0], snapshots=Snapshots(tmp_path))
+    assert len(first.token_ids) == 9
+    assert [*first.token_ids, *(token for update in others for token in update.token_ids)] == whole.token_ids
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_before_it_is_time(engine: Engine, tmp_path: Path):
+    with pytest.raises(Killed):
+        engine.generate(PROMPTS[:1], PARAMS[0], snapshots=KilledAfter(tmp_path, every=3600))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_snapshot_of_other_requests_is_refused(engine: Engine, tmp_path: Path):
     with pytest.raises(Killed):
-        engine.generate(PROMPTS, PARAMS, snapshots=KilledAfter(tmp_path, every=4))
+        engine.generate(PROMPTS, PARAMS, snapshots=KilledAfter(tmp_path, every=0))
     with pytest.raises(CheckpointError, match="its snapshot is of 3 requests that are not these 1"):
         engine.generate(PROMPTS[:1], PARAMS[0], snapshots=Snapshots(tmp_path))
 

@@ -1,5 +1,7 @@
 """A model of 8 heads and 2 KV heads, small enough to compile for many meshes, and what it says on one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +23,15 @@ CONFIG = LlamaConfig(
     windows=(None, None, 16),
     tie_embeddings=True,
 )
+SHALLOW = dataclasses.replace(CONFIG, num_layers=2, windows=(None, 16))
+"""With the fewest layers that two stages need."""
 PROMPTS = [list(range(3, 45)), [5, 9, 2], [7] * 20]
+SHORT = [prompt[:10] for prompt in PROMPTS]
 
 
-def make_model(seed: int = 0) -> nnx.Module:
+def make_model(seed: int = 0, config: LlamaConfig = CONFIG) -> nnx.Module:
     """Random weights, large enough that greedy tokens differ from each other."""
-    model = Llama(CONFIG, rngs=nnx.Rngs(seed))
+    model = Llama(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     state = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape) * (0.2 if x.ndim > 1 else 0.1), x.dtype) + (x.ndim == 1),
