@@ -73,8 +73,8 @@ def jit(
             (see `sharding`). A direct call computes where its arguments are.
         target: of a decoder: "cpu", "gpu", "tpu" or "reference"; None for the device that JAX uses. In this version
             the CPU has native code, TPUs and NVIDIA GPUs have kernels, and what has none runs as its reference
-            decomposition, compiled by XLA. "gpu-mosaic" is "gpu" with another kernel of attention, for an H100. A direct
-            call runs where its arguments are; "reference" and "cpu" keep its attention as it is written.
+            decomposition, compiled by XLA. "gpu-mosaic" is "gpu" with another kernel of attention, for an H100. A
+            direct call runs where its arguments are; "reference" and "cpu" keep its attention as it is written.
 
     Returns:
         A `Jitted`, or without ``fn`` a decorator that makes one.
