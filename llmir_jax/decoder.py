@@ -311,6 +311,7 @@ class Decoder:
         derived = None  # the steps have it for as long as they need to
         if verify:
             step.lower_ahead(most_rows(max_seqs))
+        give_back(collect=False)  # code of compilers that ran so far: reading the weights takes the most memory
         start = time.perf_counter()
         for each in (step, *others):
             _ = each.params  # are read now

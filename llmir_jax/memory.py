@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # M_… of malloc.h
 LARGE = 1 << 20
 """Bytes from which on a block is the system's own, and goes back to it when it is freed."""
 
@@ -33,8 +33,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 def keep_little() -> None:
-    """For the rest of the process, give blocks of `LARGE` bytes back as they are freed. For programs, not libraries."""
+    """For the rest of the process, give blocks of `LARGE` bytes back as they are freed. For programs, not libraries.
+
+    One heap for all threads, too: of those that compilers use, each else keeps one of its own.
+    """
     if (library := _library()) is not None:
+        library.mallopt(_ARENA_MAX, 1)
         library.mallopt(_MMAP_THRESHOLD, LARGE)
         library.mallopt(_TRIM_THRESHOLD, LARGE)
 

@@ -148,8 +148,9 @@ def test_report_says_why_not() -> None:
     arrays["w"] = jnp.asarray(rng.integers(-3, 4, (16, 16)), jnp.int32)
     decoder = llmir.jit(of_integers).decoder(arrays, target="cpu", num_pages=8, max_seqs=2, buckets=(8,))
     assert not decoder._step.is_native
-    assert "(not native code: native code exists for only 29 % of its multiply-adds; " in str(decoder._server())
-    assert "stablehlo.dot_general at test_native_decoder.py:" in str(decoder._server())
+    report = str(decoder.report())
+    assert "(not native code: native code exists for only 29 % of its multiply-adds; " in report
+    assert "stablehlo.dot_general at test_native_decoder.py:" in report
 
 
 def test_several_decoders_at_once() -> None:
