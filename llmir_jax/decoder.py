@@ -36,7 +36,7 @@ from llmir_jax.runtime.runner import Compilation
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.runtime.snapshots import Snapshots
 from llmir_jax.runtime.text import Tokenizer
-from llmir_jax.served_by import servers_of
+from llmir_jax.served_by import notes_of, servers_of
 from llmir_jax.step import DerivedStep
 from llmir_jax.stored_step import StoredStep
 from llmir_jax.target_choice import TargetChoice, check_target
@@ -491,7 +491,7 @@ class Decoder:
             seconds=dict(self._recorder.seconds),
             from_disk=() if self._stored is None else tuple(self._stored.found),
             to_disk=() if self._stored is None else tuple(self._stored.made),
-            notes=(*record.notes, *(() if self._cache is None else self._cache.problems)),
+            notes=(*record.notes, *notes_of(self._step), *(() if self._cache is None else self._cache.problems)),
         )
 
     def _check_text(self) -> str:

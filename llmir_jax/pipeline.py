@@ -46,6 +46,7 @@ from llmir_jax.transforms.raise_linear import RaiseLinearPass
 from llmir_jax.transforms.raise_norm import RaiseNormPass
 from llmir_jax.transforms.raise_rope import RaiseRopePass
 from llmir_jax.transforms.remove_dead_arguments import RemoveDeadArgumentsPass
+from llmir_jax.transforms.ring_attention import RingAttentionPass
 from llmir_jax.transforms.sink_logits_rows import SinkLogitsRowsPass
 from llmir_jax.transforms.specialize_tokens import SpecializeTokensPass
 from llmir_jax.transforms.weight_quantization import WeightQuantizationPass, Weights, find_weights
@@ -216,7 +217,10 @@ def specialize_step(
         from llmir_jax.transforms.lower_to_cpu import LowerToCpuPass  # here, since other targets need no LLVM
 
         lower = LowerToCpuPass(arrangement=arrangement, cache=cache)
-    communication = [] if derived.placement is None else [CommunicationInsertionPass(mesh=derived.placement.text)]
+    communication: list[ModulePass] = []
+    if derived.placement is not None:
+        on_mesh = derived.placement.text
+        communication = [RingAttentionPass(mesh=on_mesh), CommunicationInsertionPass(mesh=on_mesh)]
     # with so few tokens, logits for all cost less than for the rows
     sink = [SinkLogitsRowsPass(at_logits=tokens <= rows)] if derived.has_logits else []
     return recorder.run(

@@ -6,6 +6,7 @@ closes it at once, one whose host has gone is silent, and either ends the others
 may wait inside a collective for ever.
 """
 
+import atexit
 import json
 import os
 import platform
@@ -198,9 +199,14 @@ class _Watch(ABC):
 
     def start(self) -> None:
         """Begin to watch."""
+        atexit.register(self._before_exit)  # which comes before JAX's own, that waits for the others and then aborts
         for peer in self.peers:
             threading.Thread(target=self._follow, args=(peer,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def _before_exit(self) -> None:
+        if not self._is_closing:  # a program that has failed, most often since another process has died
+            time.sleep(BEAT)
 
     def leave(self, reason: str | None) -> None:
         self._is_closing = True

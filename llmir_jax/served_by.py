@@ -4,7 +4,10 @@ from collections.abc import Mapping
 
 from llmir_jax.pipelined_step import PipelinedStep
 from llmir_jax.processes import num_processes
+from llmir_jax.runtime.pipeline_runner import num_parts
 from llmir_jax.step import DerivedStep
+from llmir_jax.transforms.ring_attention import attention_over_sequence
+from sharding.mesh import SEQUENCE
 
 
 def servers_of(step: DerivedStep, counts: Mapping[str, int], platform: str, num_replicas: int) -> dict[str, str]:
@@ -65,4 +68,14 @@ def _copies(step: DerivedStep, num_replicas: int) -> str:
     return text
 
 
-__all__ = ["servers_of"]
+def notes_of(step: DerivedStep) -> tuple[str, ...]:
+    """How tokens and their attention are split along `sequence`, where the mesh has that."""
+    devices = 1 if step.placement is None else dict(step.placement.mesh.shape).get(SEQUENCE, 1)
+    if devices == 1:
+        return ()
+    stages = len(step.stages) if isinstance(step, PipelinedStep) else 1
+    sizes = sorted({bucket // num_parts(bucket, stages) for bucket in step.buckets})  # of the parts of a batch
+    return (attention_over_sequence(tuple(sizes), devices),)
+
+
+__all__ = ["notes_of", "servers_of"]

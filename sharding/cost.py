@@ -11,8 +11,9 @@ Parts do not overlap in this: XLA hides some of the collectives behind products,
 
 Along `tensor`, matrices are split as `sharding.rules` says: those split along their inputs, and tables along the
 vocabulary, end in an all-reduce; a head that is split along the vocabulary in an all-gather of its logits. Along
-`sequence`, each device has a part of every sequence's cache, attends to it, and partial softmaxes are merged; all else
-it computes itself, as its neighbours do. Along `pipeline` it has some of the layers, along `data` of the sequences.
+`sequence`, each device has a part of every sequence's cache. Of few tokens it attends to that, and partial softmaxes
+are merged; all else it computes itself, as its neighbours do. Many tokens are split, and go round (`sharding.ring`).
+Along `pipeline` it has some of the layers, along `data` of the sequences.
 """
 
 import math
@@ -23,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sharding.errors import ShardingError
 from sharding.mesh import DATA, PIPELINE, SEQUENCE, TENSOR, TENSOR_COPIES, check_heads
+from sharding.ring import TOKENS_A_DEVICE
 from sharding.rules import DEFAULT_RULES, Rule, names_of, partition_spec
 from sharding.step_cost import ParameterCost, StepCost
 from sharding.topologies import Links, Topology, links
@@ -182,7 +184,9 @@ class CostModel:
         seqs = -(-workload.batch // (layout.data * stages))
         tokens = seqs * workload.new_tokens
         split = _Split.of(self, layout)
-        collectives = tuple(split.collectives(tokens, seqs))
+        is_ring = layout.sequence > 1 and tokens >= layout.sequence * TOKENS_A_DEVICE
+        own = -(-tokens // layout.sequence) if is_ring else tokens
+        collectives = tuple(split.collectives(tokens, own, seqs))
         device, by_axis = self.topology.device, self._links(layout)
         peak = self.topology.peak_flops
 
@@ -195,9 +199,9 @@ class CostModel:
 
         exchanged = sum(each.nbytes * each.count for each in collectives)
         parts = {
-            WEIGHTS: part(*split.products(tokens, seqs, heads=False)),
+            WEIGHTS: part(*split.products(own, seqs, heads=False)),
             ATTENTION: part(*split.attention(workload, seqs)),
-            HEAD: part(*split.products(tokens, seqs, heads=True)),
+            HEAD: part(*split.products(own, seqs, heads=True)),
             COLLECTIVES: Part(
                 nbytes=exchanged, seconds=sum(_seconds(by_axis[each.axis], each) for each in collectives)
             ),
@@ -347,8 +351,8 @@ class _Split:
         own = 2 * tokens * (widest / self.layout.tensor + 2 * residual) * self.cost.itemsize
         return own + 2 * rows * self.cost.vocab_size * _FLOAT32
 
-    def collectives(self, tokens: int, rows: int) -> Iterator[Collective]:
-        """Those of a step, in the order of `LAYOUT_AXES`."""
+    def collectives(self, tokens: int, own: int, rows: int) -> Iterator[Collective]:
+        """Those of a step, of which the device has `own` tokens, in the order of `LAYOUT_AXES`."""
         cost, layout = self.cost, self.layout
         residual = max((p.gathered_size for p, _ in self.parts), default=0)
         if layout.pipeline > 1:
@@ -359,7 +363,9 @@ class _Split:
                 count=1,
                 what="activations to the next stage",
             )
-        if layout.sequence > 1:
+        if own < tokens:
+            yield from self._ring(own)
+        elif layout.sequence > 1:
             for cache in cost.caches:
                 num_heads = max(cache.num_heads // layout.tensor, 1)
                 num_layers = math.ceil(cache.num_layers * self.layers)
@@ -373,7 +379,22 @@ class _Split:
                         what=what,
                     )
         if layout.tensor > 1:
-            yield from self._tensor(tokens, rows)
+            yield from self._tensor(own, rows)
+
+    def _ring(self, own: int) -> Iterator[Collective]:
+        """Keys and values, as they are stored, and queries with what they have gathered, each as often as devices."""
+        for cache in self.cost.caches:
+            num_heads = max(cache.num_heads // self.layout.tensor, 1)
+            stored = cache.bytes_per_token / cache.num_layers / min(self.layout.tensor, cache.num_kv_heads)
+            query = num_heads * (cache.value_dim * self.cost.itemsize + (cache.value_dim + 2) * _FLOAT32)
+            for size, what in ((stored, "new keys and values"), (query, "queries and partial attention")):
+                yield Collective(
+                    kind="collective-permute",
+                    axis=SEQUENCE,
+                    nbytes=round(own * size),
+                    count=math.ceil(cache.num_layers * self.layers) * self.layout.sequence,
+                    what=what,
+                )
 
     def _tensor(self, tokens: int, rows: int) -> Iterator[Collective]:
         counts: dict[tuple[str, int, str], int] = {}

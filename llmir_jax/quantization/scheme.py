@@ -21,8 +21,8 @@ _NAME = re.compile(
 FORMS = (
     "'int8', 'int4', 'w8a16', 'w4a16', 'w8a8', 'w4a8', or spelled out: int8 or int4, then -channel, -tensor or "
     "-g<group size>, then -zp or -min for an asymmetric one, then -f16, -bf16 or -f32 for the scales, then -a8 or "
-    "-a8-g<group size> for int8 activations, and -static for scales of these from calibration, or -auto for activations as the "
-    "target takes them ('int8-channel', 'int4-g64', 'int4-g32-min', 'int8-g32-a8-g32')"
+    "-a8-g<group size> for int8 activations, and -static for scales of these from calibration, or -auto for "
+    "activations as the target takes them ('int8-channel', 'int4-g64', 'int4-g32-min', 'int8-g32-a8-g32')"
 )
 
 

@@ -5,7 +5,7 @@ the context that is there, not the longest one possible. Few tokens (at most one
 each on its own; many are cut into runs of rows of one sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -66,31 +66,26 @@ def write_pages(
         num_tokens: int32 []; rows from it on are padding and are not written.
         shards: parts that the positions of each page are in, one after the other, see `attend_pages`.
     """
-    num_pages, page_size = k_pages.shape[:2]
     if k.shape[0] == 1:
         # XLA makes a scatter of one row a read, a choice and an update, and copies the whole array for the read
         k, v = (jnp.concatenate([x, x]) for x in (k, v))
         seq_ids, positions = (jnp.concatenate([x, x]) for x in (seq_ids, positions))
         num_tokens = jnp.minimum(num_tokens, 1)
-    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
-    valid = rows < num_tokens
-    page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
-    size = page_size // shards
-    within = positions % page_size
-
-    def write_shard(array: Array, shard: Array | int, new: Array) -> Array:
-        """To [num_pages, size, …], the positions of each page that are in one shard."""
-        mine = valid if shards == 1 else valid & (within // size == shard)
-        slot = jnp.where(mine, page * size + within % size, num_pages * size + rows)
-        flat = array.reshape(num_pages * size, *array.shape[2:])
-        flat = flat.at[slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
-        return flat.reshape(array.shape)
+    write_to = partial(
+        write_shard,
+        seq_ids=seq_ids,
+        positions=positions,
+        block_tables=block_tables,
+        num_tokens=num_tokens,
+        page_size=k_pages.shape[1],
+        shards=shards,
+    )
 
     def write(array: Array, new: Array) -> Array:
         if shards == 1:
-            return write_shard(array, 0, new)
+            return write_to(array, 0, new)
         split = _split(array, shards)
-        written = jax.vmap(write_shard, in_axes=(1, 0, None), out_axes=1)(split, jnp.arange(shards), new)
+        written = jax.vmap(write_to, in_axes=(1, 0, None), out_axes=1)(split, jnp.arange(shards), new)
         return written.reshape(array.shape)
 
     written: list[Array] = []
@@ -102,22 +97,58 @@ def write_pages(
     return tuple(written)
 
 
-class _Softmax(NamedTuple):
+def write_shard(
+    array: Array,
+    shard: Array | int,
+    new: Array,
+    *,
+    seq_ids: Array,
+    positions: Array,
+    block_tables: Array,
+    num_tokens: Array,
+    page_size: int,
+    shards: int,
+) -> Array:
+    """Write rows `new` [T, …] to [num_pages, page_size / shards, …], where their positions are in this shard."""
+    num_pages, size = array.shape[:2]
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)
+    valid = rows < num_tokens
+    page = block_tables[jnp.where(valid, seq_ids, 0), jnp.where(valid, positions // page_size, 0)]
+    within = positions % page_size
+    mine = valid if shards == 1 else valid & (within // size == shard)
+    slot = jnp.where(mine, page * size + within % size, num_pages * size + rows)
+    flat = array.reshape(num_pages * size, *array.shape[2:])
+    flat = flat.at[slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+    return flat.reshape(array.shape)
+
+
+class Softmax(NamedTuple):
     """Running softmax of some queries: weighted values, sum of weights, largest score."""
 
     values: Array  # float32 [..., Dv]
     total: Array  # float32 [...]
     largest: Array  # float32 [...]
 
+    @staticmethod
+    def start(shape: Sequence[int], value_dim: int) -> "Softmax":
+        """Of queries [...] that have seen nothing."""
+        return Softmax(
+            jnp.zeros((*shape, value_dim), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, LOWEST)
+        )
+
     def finish(self) -> Array:
         """Weighted mean of the values; zeros for a query that saw nothing."""
         return self.values / jnp.maximum(self.total, 1e-37)[..., None]
 
-    def merged(self) -> "_Softmax":
+    def and_of(self, other: "Softmax") -> "Softmax":
+        """Of the keys of both, which have none in common."""
+        return Softmax(*map(jnp.stack, zip(self, other, strict=True))).merged()
+
+    def merged(self) -> "Softmax":
         """Of softmaxes over parts of the keys, along the first axis, the one over all of them."""
         largest = self.largest.max(0)
         kept = jnp.exp(self.largest - largest)
-        return _Softmax((self.values * kept[..., None]).sum(0), (self.total * kept).sum(0), largest)
+        return Softmax((self.values * kept[..., None]).sum(0), (self.total * kept).sum(0), largest)
 
 
 def attend_pages(
@@ -154,7 +185,7 @@ def attend_pages(
             sum and a maximum for each query and head go between them, once.
     """
     attend = partial(
-        _attend_shard,
+        attend_shard,
         q,
         block_tables=block_tables,
         seq_lens=seq_lens,
@@ -174,7 +205,7 @@ def attend_pages(
     else:
         parts, rebuild = zip(*map(partial(_parts, shards=shards), (k_pages, v_pages)), strict=True)
 
-        def attend_parts(k_parts: tuple[Array, ...], v_parts: tuple[Array, ...], shard: Array) -> _Softmax:
+        def attend_parts(k_parts: tuple[Array, ...], v_parts: tuple[Array, ...], shard: Array) -> Softmax:
             return attend(rebuild[0](k_parts), rebuild[1](v_parts), shard)
 
         each = jax.vmap(attend_parts, in_axes=(1, 1, 0))(parts[0], parts[1], jnp.arange(shards, dtype=jnp.int32))
@@ -190,7 +221,7 @@ def _parts(pages: Pages, *, shards: int) -> tuple[tuple[Array, ...], Callable[[t
     return tuple(_split(part, shards) for part in pages.parts), lambda parts: replace(pages, parts=parts, shape=shape)
 
 
-def _attend_shard(
+def attend_shard(
     q: Array,
     k_pages: Pages,
     v_pages: Pages,
@@ -207,7 +238,7 @@ def _attend_shard(
     window: int | None,
     softcap: float | None,
     shards: int,
-) -> _Softmax:
+) -> Softmax:
     """Attention to one of the shards of each page [num_pages, page_size / shards, num_kv_heads, head_dim]."""
     num_rows, num_heads, _ = q.shape
     size, num_kv_heads = k_pages.shape[1:3]
@@ -243,9 +274,7 @@ def _attend_shard(
         """Zeros for values that no query sees: a page may hold anything there, and a weight of 0 times NaN is NaN."""
         return jnp.where(seen[..., None, None], values, jnp.zeros((), values.dtype))
 
-    def update(
-        state: _Softmax, scores: Array, seen: Array, distance: Array, weigh: Callable[[Array], Array]
-    ) -> _Softmax:
+    def update(state: Softmax, scores: Array, seen: Array, distance: Array, weigh: Callable[[Array], Array]) -> Softmax:
         """One block of keys. scores [rows, G, M, keys] (KV heads, queries a head); seen, distance [rows, keys]."""
         scores = scores * scale
         if softcap is not None:
@@ -256,15 +285,10 @@ def _attend_shard(
         largest = jnp.maximum(state.largest, scores.max(-1))
         weights = jnp.exp(scores - largest[..., None])
         kept = jnp.exp(state.largest - largest)
-        return _Softmax(state.values * kept[..., None] + weigh(weights), state.total * kept + weights.sum(-1), largest)
+        return Softmax(state.values * kept[..., None] + weigh(weights), state.total * kept + weights.sum(-1), largest)
 
-    def start(rows: int) -> _Softmax:
-        shape = (rows, *grouped.shape[1:3])
-        return _Softmax(
-            jnp.zeros((*shape, v_pages.shape[-1]), jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.full(shape, LOWEST),
-        )
+    def start(rows: int) -> Softmax:
+        return Softmax.start((rows, *grouped.shape[1:3]), v_pages.shape[-1])
 
     def block_range(query_positions: Array, lens: Array) -> tuple[Array, Array]:
         """Blocks of keys that any of the queries can see."""
@@ -274,15 +298,13 @@ def _attend_shard(
             return jnp.int32(0), stop
         return jnp.maximum(jnp.min(query_positions) - window + 1, 0) // keys_per_block, stop
 
-    def over_blocks(
-        first: Array, stop: Array, body: Callable[[Array, _Softmax], _Softmax], state: _Softmax
-    ) -> _Softmax:
+    def over_blocks(first: Array, stop: Array, body: Callable[[Array, Softmax], Softmax], state: Softmax) -> Softmax:
         if num_blocks == 1:
             return body(jnp.int32(0), state)
-        done: _Softmax = lax.fori_loop(first, stop, body, state)
+        done: Softmax = lax.fori_loop(first, stop, body, state)
         return done
 
-    def one_by_one() -> _Softmax:
+    def one_by_one() -> Softmax:
         """Each row reads its own sequence's pages."""
         valid = jnp.arange(num_rows, dtype=jnp.int32) < num_tokens
         ids = jnp.where(valid, seq_ids, 0)
@@ -290,7 +312,7 @@ def _attend_shard(
         lens = jnp.where(valid, seq_lens[ids], 1)[:, None]
         row_tables = tables[ids]
 
-        def body(block: Array, state: _Softmax) -> _Softmax:
+        def body(block: Array, state: Softmax) -> Softmax:
             pages = lax.dynamic_slice_in_dim(row_tables, block * pages_per_block, pages_per_block, 1)
             keys = k_pages[pages].reshape(num_rows, own_keys, num_kv_heads, -1)
             key_positions = positions_of(block)
@@ -307,11 +329,11 @@ def _attend_shard(
         first, stop = block_range(place, lens)
         return over_blocks(first, stop, body, start(num_rows))
 
-    def run_by_run() -> _Softmax:
+    def run_by_run() -> Softmax:
         """Runs of rows of one sequence, one after the other."""
         rows = min(num_rows, ROWS_PER_RUN)
 
-        def serve(carry: tuple[Array, _Softmax]) -> tuple[Array, _Softmax]:
+        def serve(carry: tuple[Array, Softmax]) -> tuple[Array, Softmax]:
             begin, out = carry
             seq = seq_ids[begin]
             offset = jnp.minimum(begin, num_rows - rows)
@@ -322,7 +344,7 @@ def _attend_shard(
             queries = lax.dynamic_slice_in_dim(grouped, offset, rows)
             lens = jnp.broadcast_to(seq_lens[seq], (rows, 1))
 
-            def body(block: Array, state: _Softmax) -> _Softmax:
+            def body(block: Array, state: Softmax) -> Softmax:
                 pages = lax.dynamic_slice(tables, (seq, block * pages_per_block), (1, pages_per_block))[0]
                 keys = k_pages[pages].reshape(own_keys, num_kv_heads, -1)
                 key_positions = positions_of(block)
@@ -345,7 +367,7 @@ def _attend_shard(
 
             return begin + jnp.sum(mine, dtype=jnp.int32), jax.tree.map(put, out, served)
 
-        done: tuple[Array, _Softmax] = lax.while_loop(
+        done: tuple[Array, Softmax] = lax.while_loop(
             lambda c: c[0] < num_tokens, serve, (jnp.int32(0), start(num_rows))
         )
         return done[1]
@@ -353,4 +375,4 @@ def _attend_shard(
     return one_by_one() if num_rows <= block_tables.shape[0] else run_by_run()
 
 
-__all__ = ["Pages", "QuantizedPages", "attend_pages", "write_pages"]
+__all__ = ["Pages", "QuantizedPages", "Softmax", "attend_pages", "attend_shard", "write_pages", "write_shard"]

@@ -43,6 +43,8 @@ from llmir_jax.targets.quantized_reference import (
     quantized_matmul,
     round_activations,
 )
+from llmir_jax.targets.ring_reference import Ring
+from llmir_jax.transforms.sharding_attributes import mesh_of
 
 Reference = Callable[..., Array | tuple[Array, ...]]
 
@@ -176,11 +178,13 @@ def _sequence_parallel_attention(op: llm.SequenceParallelAttentionOp) -> Referen
 
 def _attend_pages(op: llm.AttendPagesOp) -> Reference:
     scoring = Scoring.of(op, _shape(op.q.type)[2])
-    dtype = _dtype(op.output.type)
+    dtype, ring = _dtype(op.output.type), _ring(op)
+    shards = 1 if op.shards is None else int_of(op.shards)
 
     def run(q: Array, *operands: Array) -> Array:
         (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
-        attended = attend_pages(
+        attend = partial(attend_pages, shards=shards) if ring is None else ring.attend_pages
+        attended = attend(
             q,
             k_pages,
             v_pages,
@@ -189,16 +193,23 @@ def _attend_pages(op: llm.AttendPagesOp) -> Reference:
             causal=scoring.causal,
             window=scoring.window,
             softcap=scoring.softcap,
-            shards=1 if op.shards is None else int_of(op.shards),
         )
         return attended.astype(dtype)
 
     return run
 
 
+def _ring(op: llm.AttendPagesOp | llm.WritePagesOp) -> Ring | None:
+    return None if op.ring is None else Ring(mesh=mesh_of(op.ring.data))
+
+
 def _write_pages(op: llm.WritePagesOp) -> Reference:
+    ring = _ring(op)
+
     def run(*operands: Array) -> tuple[Array, ...]:
         (k_pages, v_pages), rest = _pages((op.k_pages.type, op.v_pages.type), operands)
+        if ring is not None:
+            return ring.write_pages(k_pages, v_pages, *rest)
         return write_pages(k_pages, v_pages, *rest, shards=1 if op.shards is None else int_of(op.shards))
 
     return run

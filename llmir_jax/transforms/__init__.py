@@ -35,6 +35,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "raise-rope": ("raise_rope", "RaiseRopePass"),
     "remove-dead-arguments": ("remove_dead_arguments", "RemoveDeadArgumentsPass"),
     "rewrite-positions": ("rewrite_positions", "RewritePositionsPass"),
+    "ring-attention": ("ring_attention", "RingAttentionPass"),
     "simplify-inputs": ("simplify_inputs", "SimplifyInputsPass"),
     "sink-logits-rows": ("sink_logits_rows", "SinkLogitsRowsPass"),
     "specialize-tokens": ("specialize_tokens", "SpecializeTokensPass"),

@@ -32,6 +32,7 @@ from llmir_jax.interop import LOC, lower_to_module, make_context
 from llmir_jax.targets.collectives import PARTITION_ID, DistributedAttention, collective_function
 from llmir_jax.targets.reference import Reference, accumulator, decomposition
 from llmir_jax.transforms.inline_calls import inline_calls
+from llmir_jax.transforms.sharding_attributes import inline_meshes
 
 _CACHE_OPS = (llm.AppendKVOp, llm.LookupKVOp, llm.PagedAttentionOp)
 _COLLECTIVES = (llm.AllGatherOp, llm.AllReduceOp, llm.ReduceScatterOp)
@@ -261,6 +262,7 @@ class Lowering:
             shapes = (_shape_struct(op, type_) for type_ in operand_types)
             traced = lower_to_module(function_of_all, *shapes, platform=platform)
             inline_calls(traced)
+            inline_meshes(traced)
             for inner in traced.walk():
                 inner.attributes.pop(LOC, None)  # a place in the decomposition; the call has the op's own
             (function,) = (inner for inner in traced.ops if isinstance(inner, func.FuncOp))

@@ -10,13 +10,13 @@ An entry for each dimension has the mesh axes that split it, the outermost first
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from xdsl.dialects.builtin import ArrayAttr, StringAttr
+from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
 from xdsl.ir import Attribute, SSAValue
 
 from llmir_jax.dialects.build import OpBuilder
 from llmir_jax.dialects.parser import IRParser
 from llmir_jax.errors import InvalidIRError
-from llmir_jax.interop import make_context
+from llmir_jax.interop import make_context, op_name
 
 SHARDING = "llmir.sharding"
 
@@ -73,6 +73,23 @@ def constrain(builder: OpBuilder, value: SSAValue, spec: Spec, mesh: AbstractMes
     kind = context.get_op("sdy.sharding_constraint")
     op = kind.create(operands=[value], result_types=[value.type], attributes={"sharding": sharding})
     return builder.insert(op).results[0]
+
+
+def inline_meshes(module: ModuleOp) -> None:
+    """Write the meshes that shardings name (``<@mesh, …>``, as `jax.shard_map` has them) out where they are named."""
+    meshes: dict[str, str] = {}
+    for op in module.walk():
+        if op_name(op) == "sdy.mesh":
+            name = op.attributes["sym_name"]
+            assert isinstance(name, StringAttr)
+            meshes[f"<@{name.data}, "] = f"<{str(op.attributes['mesh']).removeprefix('#sdy.')}, "
+    for op in module.walk() if meshes else ():
+        for key in ("in_shardings", "out_shardings", "sharding"):
+            if key in op.attributes:
+                text = str(op.attributes[key])
+                for symbol, mesh in meshes.items():
+                    text = text.replace(symbol, mesh)
+                op.attributes[key] = IRParser(make_context(), text).parse_attribute()
 
 
 def split_of(spec: Spec, dim: int, mesh: AbstractMesh) -> int:

@@ -10,7 +10,8 @@ import sys
 from collections import Counter
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# optimising machine code takes longer than running it here; what XLA partitions is the same
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["LLMIR_NO_CACHE"] = "1"
 
 import jax
@@ -21,7 +22,7 @@ import llmir_jax as llmir
 from sharding import make_mesh, parse_axes
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-OPTIONS = {"num_pages": 32, "page_size": 8, "max_seqs": 4, "max_seq_len": 64, "buckets": (4, 16)}
+OPTIONS = {"num_pages": 32, "page_size": 8, "max_seqs": 4, "max_seq_len": 64}
 
 
 def collectives(decoder: Any) -> dict[str, Counter[str]]:
@@ -50,20 +51,22 @@ def main() -> None:
     alone: dict[str, list[list[int]]] = {}
     results = []
     for axes, options in cases:
+        # several tokens a call, and how many rows of tokens: each is a program to compile
+        programs = {"burst": options.pop("burst", 0.0), "buckets": options.pop("buckets", (4, 16))}
         key = repr(sorted(options.items()))
         fn, model = models[options.pop("model", "llama")]
         jitted = llmir.jit(fn)
         if key not in alone:
-            alone[key] = jitted.decoder(model, target="reference", verify=False, **OPTIONS, **options).generate(
-                PROMPTS, llmir.SamplingParams(max_tokens=10)
-            )
+            alone[key] = jitted.decoder(
+                model, target="reference", verify=False, burst=0.0, buckets=(4, 16), **OPTIONS, **options
+            ).generate(PROMPTS, llmir.SamplingParams(max_tokens=10))
         sizes = parse_axes(axes)
         num_devices = 1
         for size in sizes.values():
             num_devices *= size
         mesh = make_mesh(sizes, devices=jax.devices()[:num_devices])
         verify = axes in ("tensor=2", "pipeline=2")
-        decoder = jitted.decoder(model, mesh=mesh, verify=verify, **OPTIONS, **options)
+        decoder = jitted.decoder(model, mesh=mesh, verify=verify, **OPTIONS, **programs, **options)
         tokens = decoder.generate(PROMPTS, llmir.SamplingParams(max_tokens=10))
         sampled = None
         if axes in ("tensor=2", "tensor=4,sequence=2") and not options:

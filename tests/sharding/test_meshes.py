@@ -15,18 +15,18 @@ from llmir_jax.transforms.pipeline_partitioning import layers_of_stages
 Cases = dict[str, tuple[str, dict[str, Any]]]
 CASES: Cases = {
     "tensor 2": ("tensor=2", {}),
-    "tensor 8": ("tensor=8", {}),
+    "tensor 8": ("tensor=8", {"burst": 0.02}),
     "sequence 2": ("sequence=2", {}),
-    "tensor 4, sequence 2": ("tensor=4,sequence=2", {}),
+    "tensor 4, sequence 2": ("tensor=4,sequence=2", {"burst": 0.02}),
     "tensor 8, int8": ("tensor=8", {"quantize": "int8-g16"}),
     "pipeline 2": ("pipeline=2", {}),
     "data 2, tensor 2": ("data=2,tensor=2", {}),
     "experts over 2, tensor 2": ("expert=2,tensor=2", {"model": "experts"}),
 }
 MORE_CASES: Cases = {
-    "tensor 4": ("tensor=4", {}),
-    "tensor 2, int8": ("tensor=2", {"quantize": "int8-g16"}),
-    "tensor 4, int8": ("tensor=4", {"quantize": "int8-g16"}),
+    "tensor 4": ("tensor=4", {"buckets": [4]}),
+    "tensor 2, int8": ("tensor=2", {"quantize": "int8-g16", "buckets": [4]}),
+    "tensor 4, int8": ("tensor=4", {"quantize": "int8-g16", "buckets": [4]}),
     "tensor 4, sequence 2, int4, cache int8": (
         "tensor=4,sequence=2",
         {"quantize": "int4-g16-min", "kv_cache": "int8"},

@@ -109,6 +109,20 @@ def test_sequence_splits_the_cache_only() -> None:
     assert {each.axis for each in split.collectives} == {"sequence"}
 
 
+def test_sequence_splits_a_long_prompt_and_passes_it_round() -> None:
+    model = CostModel(tiny_model(), topology("v5e:2x2"))
+    work = Workload(batch=1, context=4096, new_tokens=4096)
+    whole, split = model.estimate(Layout(data=4), work), model.estimate(Layout(sequence=4), work)
+    for part in ("weights", "attention"):
+        assert split.parts[part].operations == pytest.approx(whole.parts[part].operations / 4)
+    counts = {each.what: (each.kind, each.count, each.nbytes) for each in split.collectives}
+    own = 4096 // 4
+    assert counts == {
+        "new keys and values": ("collective-permute", 4 * LAYERS, own * 4 * KV_HEADS * DIM),
+        "queries and partial attention": ("collective-permute", 4 * LAYERS, own * HEADS * (6 * DIM + 8)),
+    }
+
+
 def test_pipeline_reads_weights_once_a_stage() -> None:
     model = CostModel(tiny_model(), topology("v5e:2x2"))
     found = model.estimate(Layout(pipeline=4), Workload(batch=8, context=1000))

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from xdsl.dialects.builtin import BoolAttr, FloatAttr, IntegerAttr, TensorType
+from xdsl.dialects.builtin import BoolAttr, FloatAttr, IntegerAttr, StringAttr, TensorType
 from xdsl.ir import Attribute, Operation, SSAValue
 from xdsl.irdl import (
     AttrSizedOperandSegments,
@@ -188,6 +188,14 @@ def _check_shards(shards: IntegerAttr[Any] | None, pages: SSAValue) -> None:
         fail("shards", f"a divisor of the page size {page_size}", count)
 
 
+def _check_ring(ring: StringAttr | None, shards: IntegerAttr[Any] | None, rows: int) -> None:
+    if ring is None:
+        return
+    count = 1 if shards is None else shards.value.data
+    if count == 1 or rows % count:
+        fail("ring", f"shards, a divisor of the {rows} rows", count)
+
+
 @irdl_op_definition
 class WritePagesOp(LLMOp):
     """The page arrays of a layer with the keys and values of a step written to the pages that the tables name.
@@ -202,7 +210,8 @@ class WritePagesOp(LLMOp):
     Pages are [N, PS, Hkv, D] ([…, Dv] for values), k and v [T, Hkv, D], block tables [S, P]. Row t goes to slot
     ``positions[t] % PS`` of page ``block_tables[seq_ids[t], positions[t] // PS]``, in the pages' element type. Rows
     from ``num_tokens`` on are padding and write nothing. With ``shards`` the positions of every page are in so many
-    parts of one length, one after the other, each on other devices.
+    parts of one length, one after the other, each on other devices. With ``ring``, a mesh, rows too are in so many
+    parts along its axis `sequence`, and go round to where their positions are.
     """
 
     name = "llm.write_pages"
@@ -217,6 +226,7 @@ class WritePagesOp(LLMOp):
     num_tokens = operand_def(TensorType)
 
     shards = opt_prop_def(IntegerAttr)
+    ring = opt_prop_def(StringAttr)
 
     new_k_pages = result_def(PAGES)
     new_v_pages = result_def(PAGES)
@@ -248,7 +258,7 @@ class WritePagesOp(LLMOp):
             block_tables=self.block_tables,
             num_tokens=self.num_tokens,
         )
-        check_shapes(
+        sizes = check_shapes(
             {
                 "k": (self.k, ("T", "Hkv", "D")),
                 "v": (self.v, ("T", "Hkv", "Dv")),
@@ -260,6 +270,7 @@ class WritePagesOp(LLMOp):
             **_check_pages(self.k_pages, self.v_pages),
         )
         _check_shards(self.shards, self.k_pages)
+        _check_ring(self.ring, self.shards, sizes["T"])
         check_same_type("first result", self.new_k_pages, "k_pages", self.k_pages)
         check_same_type("second result", self.new_v_pages, "v_pages", self.v_pages)
 
@@ -279,7 +290,8 @@ class AttendPagesOp(LLMOp):
     is in slot ``j % PS`` of page ``block_tables[s, j // PS]``; positions from ``seq_lens[s]`` on do not exist. What is
     visible to a query, and its score, are as in `AttentionOp`. Rows from ``num_tokens`` on are padding: their results
     are finite and mean nothing. The result is [T, H, Dv]. With ``shards`` the positions of every page are in so many
-    parts, each on other devices: attention is to each by itself, and then merged.
+    parts, each on other devices: attention is to each by itself, and then merged. With ``ring``, a mesh, queries
+    too are in so many parts along its axis `sequence`, and go round from one part of the pages to the next.
     """
 
     name = "llm.attend_pages"
@@ -300,6 +312,7 @@ class AttendPagesOp(LLMOp):
     window = opt_prop_def(IntegerAttr)
     softcap = opt_prop_def(FloatAttr)
     shards = opt_prop_def(IntegerAttr)
+    ring = opt_prop_def(StringAttr)
 
     output = result_def(TensorType)
 
@@ -355,4 +368,5 @@ class AttendPagesOp(LLMOp):
             },
             **pages,
         )
+        _check_ring(self.ring, self.shards, sizes["T"])
         check_heads(sizes["H"], pages["Hkv"])
