@@ -42,7 +42,15 @@ from llmir_jax.stored_step import StoredStep
 from llmir_jax.target_choice import TargetChoice, check_target
 from llmir_jax.trace import FlatForward, Traced, flatten_forward, flatten_model, flatten_params, trace
 from llmir_jax.transforms.memory_planning import MemoryPlanningPass
-from llmir_jax.verify import RELATIVE_TOLERANCE, CachedLogits, CheckResult, Piece, most_rows, self_check
+from llmir_jax.verify import (
+    NUM_SEQUENCES,
+    RELATIVE_TOLERANCE,
+    CachedLogits,
+    CheckResult,
+    Piece,
+    most_rows,
+    self_check,
+)
 from llmir_jax.weights import LazyArrays, ModelWeights, WeightSource, unread
 from sharding.mesh import DATA, PIPELINE, sub_meshes
 from sharding.step_cost import StepCost
@@ -52,6 +60,10 @@ DEFAULT_BUCKETS = (64, 512)
 BURST = 0.02
 """Seconds that the tokens of one call may take while all requests decode: less than a reader sees."""
 _SELF_CHECK_LENGTH = 37  # tokens: crosses pages of 4, 16 and 32
+_OF_INTEGERS = (
+    'Activations of 8 bits can turn a choice such as that of experts over: quantize="w8a16" or "w4a16" keeps floats; '
+    "where these fail too, please report the model"
+)
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -542,15 +554,16 @@ class Decoder:
             give_back(collect=False)  # what it compiled is not needed again
             return rows
 
+        num_seqs = min(NUM_SEQUENCES, self._step.max_seqs, *(group.num_pages for group in self._step.cache_groups))
         result = self_check(
-            self._cached_logits(seed),
+            self._cached_logits(seed, num_seqs),
             forward,
             vocab_size=self._input_vocab(),
-            max_seqs=self._step.max_seqs,
             max_rows=self._step.buckets[-1],
             length=length,
             tolerance=self._tolerance(),
             seed=seed,
+            advice=_OF_INTEGERS if self._step.record.activations else "Please report the model",
         )
         self._recorder.seconds["self-check"] = time.perf_counter() - start
         if stored is not None:

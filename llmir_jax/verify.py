@@ -70,6 +70,7 @@ class CachedLogits:
         self._run = run
         self._max_seqs = max_seqs
         self.capacity = max_seq_len
+        self.num_seqs = num_seqs
         rng = np.random.default_rng(seed)
         self._tables = []
         for group in groups:
@@ -131,20 +132,22 @@ def self_check(
     forward: Callable[[Sequence[Array]], Sequence[Array]],
     *,
     vocab_size: int,
-    max_seqs: int,
     max_rows: int,
     length: int,
     tolerance: float,
     seed: int,
+    advice: str,
 ) -> CheckResult:
     """Compare; `forward`, of several sequences of tokens [length], gives logits [length, vocab] of the original.
+
+    `advice` is what to do about a difference, for the error.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or are not finite in the same places.
     """
     rng = np.random.default_rng(seed)
     length = min(length, cached.capacity)
-    lengths = [max(1, length - 5 * i) for i in range(min(NUM_SEQUENCES, max_seqs))]
+    lengths = [max(1, length - 5 * i) for i in range(cached.num_seqs)]
     sequences = [rng.integers(0, vocab_size, length).astype(np.int32) for _ in lengths]
     expected = forward(sequences)
     scale = max(float(np.abs(e[np.isfinite(e)]).max(initial=0.0)) for e in expected) or 1.0
@@ -166,6 +169,6 @@ def self_check(
         raise VerificationError(
             f"the derived decoder differs from the forward: logits at position {where[1]} of a random sequence are "
             f"off by {worst:.4g}, {100 * worst / scale:.3g} % of the largest; {100 * tolerance:.3g} % is allowed. "
-            "The decoder is not handed over. Please report the model; verify=False skips this check"
+            f"The decoder is not handed over. {advice}; verify=False skips this check"
         )
     return result

@@ -55,7 +55,7 @@ def forward(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
 
 def build(target: str, seed: int = 0, **options: Any) -> Decoder:
     sizes = {"num_pages": 32, "page_size": 4, "max_seqs": 3, "max_seq_len": 40, "buckets": (1, 8)}
-    return llmir.jit(forward).decoder(make_params(seed), target=target, **sizes, **options)
+    return llmir.jit(forward).decoder(make_params(seed), target=target, **(sizes | options))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,14 @@ def test_equals_the_reference(options: dict[str, Any]) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=(0.03 if rounds else 1e-5) * np.abs(b).max())
     prompts = [s.tolist() for s in sequences]
     assert [len(out) for out in own.generate(prompts, SamplingParams(max_tokens=6))] == [6, 6, 6]
+
+
+def test_fewer_pages_than_sequences() -> None:
+    """Some wait for the others; the self-check has one sequence, in the only page."""
+    decoder = build("cpu", 0, num_pages=1, page_size=16, max_seqs=2)
+    prompts = [[1, 2, 3], [4, 5]]
+    params = SamplingParams(max_tokens=4)
+    assert decoder.generate(prompts, params) == [decoder.generate([prompt], params)[0] for prompt in prompts]
 
 
 def test_rows_of_padding_are_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,9 +97,9 @@ def test_sampling_options_reach_the_engine(run: Run, chat_model: Path, monkeypat
     given: list[llmir.SamplingParams] = []
     stream = llmir.Decoder.stream
 
-    def recorded(self: llmir.Decoder, prompt: Any, params: Any = None) -> Any:
+    def recorded(self: llmir.Decoder, prompt: Any, params: Any = None, **options: Any) -> Any:
         given.append(params)
-        return stream(self, prompt, params)
+        return stream(self, prompt, params, **options)
 
     monkeypatch.setattr(llmir.Decoder, "stream", recorded)
     sampling = ("--top-k", 40, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1, "--seed", 3)

@@ -17,7 +17,7 @@ from zoo.registry import Built, Derivable
 
 import llmir_jax as llmir
 from llmir_jax.decoder import Decoder
-from llmir_jax.errors import LlmirError
+from llmir_jax.errors import LlmirError, VerificationError
 from llmir_jax.quantization import QuantizedArray, parse_scheme, quantize
 from llmir_jax.runtime.sampling import SamplingParams
 from llmir_jax.target_choice import TargetChoice
@@ -320,13 +320,22 @@ def zoo_decoder(built: Built, **options: Any) -> Decoder:
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("entry", DERIVABLE[::4], ids=lambda entry: entry.name)
 def test_zoo_in_int8(entry: Derivable) -> None:
-    """Every fourth model under "int8": the self-check passes, against the forward of the same rounded weights."""
+    """Every fourth model under "w8a16": the self-check passes, against the forward of the same rounded weights."""
     seed = zlib.crc32(entry.name.encode()) % 10_000
     built = entry.build(seed)
-    decoder = zoo_decoder(built, quantize="int8")
+    decoder = zoo_decoder(built, quantize="w8a16")
     assert "int8" in str(decoder.report().parameters.values()), decoder.report().not_quantized
     check = decoder._self_check(seed)
     assert check.error <= check.tolerance
+
+
+def test_a_choice_that_integers_turn_over_is_an_error_with_advice() -> None:
+    """Which experts a token gets is no small difference."""
+    entry = next(entry for entry in DERIVABLE if entry.name == "experts_gathered")
+    seed = zlib.crc32(entry.name.encode()) % 10_000
+    decoder = zoo_decoder(entry.build(seed), quantize="int8")
+    with pytest.raises(VerificationError, match=r"differs from the forward.*quantize=\"w8a16\" or"):
+        decoder._self_check(seed)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def names(made: Plan) -> dict[str, str]:
 def test_one_scheme_for_all_matrices() -> None:
     made = plan("int8")
     assert set(made.schemes) == set(MATRICES)
-    assert names(made)["lm_head.kernel"] == "int8-g32-f16" and names(made)["layers.0.mlp.down.kernel"] == "int8-g64-f16"
+    assert names(made)["lm_head.kernel"] == "int8-g32-f16-auto"
+    assert names(made)["layers.0.mlp.down.kernel"] == "int8-g64-f16-auto"
     assert made.kept["norm.scale"] == "[32] is not multiplied as a matrix"
     assert made.get("lm_head.kernel") == made.schemes["lm_head.kernel"] and made.get("norm.scale") is None
     assert plan(Scheme(bits=8, group_size=None)).schemes.keys() == MATRICES.keys()
@@ -52,7 +53,7 @@ def test_rules_by_path() -> None:
         "layers.0.mlp.up.kernel": "int4-g32-min-f16-auto",
         "layers.0.mlp.down.kernel": "int4-g32-min-f16-auto",
         "layers.10.mlp.up.kernel": "int4-g32-min-f16-auto",
-        "lm_head.kernel": "int8-g32-f16",
+        "lm_head.kernel": "int8-g32-f16-auto",
     }
     assert made.kept["layers.0.attn_norm.scale"] == made.kept["norm.scale"] == "a rule keeps it"
     assert made.kept["embed.embedding"] == "no rule matches it"
@@ -79,7 +80,7 @@ def test_a_rule_matches_whole_components(rule: str, matched: set[str]) -> None:
 
 def test_the_first_rule_decides() -> None:
     made = plan({"layers/0": "int8", "mlp": "int4", ".*": None})
-    assert names(made)["layers.0.mlp.up.kernel"] == "int8-g32-f16"
+    assert names(made)["layers.0.mlp.up.kernel"] == "int8-g32-f16-auto"
     assert names(made)["layers.10.mlp.up.kernel"] == "int4-g32-min-f16-auto"
     assert len(made.schemes) == 4
 
@@ -135,7 +136,7 @@ def test_what_the_checkpoint_has_quantized() -> None:
     assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16-auto", "int4-g32-f16-auto")
     assert names(plan("int4", stored={"embed.embedding": q8}))["embed.embedding"] == "int4-g32-min-f16-auto"
     made = names(plan("int8", stored=stored))
-    assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16", "int8-g32-f16")
+    assert (made["embed.embedding"], made["lm_head.kernel"]) == ("int8-g32-f16-auto", "int8-g32-f16-auto")
     assert names(plan("int4-g32-min", stored=stored))["lm_head.kernel"] == "int4-g32-min-f16"
     assert names(plan("w4a8", stored=stored))["lm_head.kernel"] == "int4-g32-f16-a8-g32"
     assert plan("stored", stored=stored).schemes == stored and not plan("stored")
