@@ -298,6 +298,15 @@ class DerivedStep:
     def _role(self, index: int) -> str | None:
         return signature.role_of(self._attributes[index])
 
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """See `StepModel`.
+
+        Around native code XLA has one thread: native code's threads still wait for the next step then, on all cores, so
+        that work which XLA shares out to threads of its own takes longer than one thread does.
+        """
+        return {"xla_cpu_multi_thread_eigen": False} if self.is_native and not self.in_xla else {}
+
     def init_cache(self) -> Cache:
         """Zeroed pages; none where other processes have the step."""
         if self.placement is not None and not self.placement.is_here:

@@ -94,6 +94,13 @@ def test_fewer_pages_than_sequences() -> None:
     assert decoder.generate(prompts, params) == [decoder.generate([prompt], params)[0] for prompt in prompts]
 
 
+def test_xla_has_one_thread_around_native_code_alone() -> None:
+    one_thread = {"xla_cpu_multi_thread_eigen": False}
+    assert build("cpu", verify=False)._step.compiler_options == one_thread
+    assert build("reference", verify=False)._step.compiler_options == {}
+    assert zoo_decoder("channel_mixing")._step.compiler_options == {}  # XLA computes parts of it
+
+
 def test_rows_of_padding_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed of tokens is found, in the function that is compiled, so that padding is not computed."""
     mains = []

@@ -81,12 +81,12 @@ class Runner:
         self._step_packings = {bucket: self._step_packing(bucket) for bucket in model.buckets}
         self._steps = {bucket: self._make_step(packing) for bucket, packing in self._step_packings.items()}
         self._bursts = {
-            bucket: jax.jit(partial(self._trace_burst, packing), donate_argnames=("cache", "seen"))
+            bucket: self._jit(partial(self._trace_burst, packing), donate_argnames=("cache", "seen"))
             for bucket, packing in self._step_packings.items()
             if has_bursts and bucket <= min(b for b in model.buckets if b >= min(model.max_seqs, model.buckets[-1]))
         }
         self._step_seconds: float | None = None  # of a step of decoding, when last measured
-        self._sample = jax.jit(self._trace_sample, donate_argnames="seen")
+        self._sample = self._jit(self._trace_sample, donate_argnames="seen")
         self._fill_seen = jax.jit(self._trace_fill_seen, donate_argnames="seen")
         self._copy_pages = self._make_copy()
         self._cache: Cache | None = model.init_cache()
@@ -97,9 +97,12 @@ class Runner:
         """Whether each program must end before the next is launched."""
         return self._placement is not None and run_in_turn(self._placement.mesh)
 
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=self._model.compiler_options or None, **options)
+
     def _make_step(self, packing: Packing) -> Callable[..., tuple[jax.Array | None, jax.Array | None, Any]]:
         """The model's step: (params, cache, packed batch) → logits, their argmax, new cache."""
-        return jax.jit(partial(self._trace_step, packing), donate_argnames="cache")
+        return self._jit(partial(self._trace_step, packing), donate_argnames="cache")
 
     def _make_copy(self) -> Callable[..., Any]:
         """(cache, pages to copy, where to) → new cache."""

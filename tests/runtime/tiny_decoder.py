@@ -112,6 +112,10 @@ class TinyDecoder:
             for window, num_pages in zip(WINDOWS, self.num_pages, strict=True)
         )
 
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        return {}
+
     def init_cache(self) -> Cache:
         def pages(group: CacheGroup) -> jax.Array:
             return jnp.zeros((group.num_pages, group.page_size, group.num_kv_heads, group.head_dim), group.dtype)
