@@ -90,15 +90,10 @@ def direct_call(traced: Traced, trace_at: TraceAt, lower: LowerToFlashPass | str
     text = text_of(raised)
     lower = replace(lower, batch=shape[0])
     entries, any_served = _entries(raised, shape[0], lower)
-    notes = ["on one device; on several, XLA partitions the program as it was traced"] if any_served else []
     if not any_served:
-        return DirectCall(
-            traced=traced,
-            module=module,
-            flash=None,
-            text=text,
-            report=CallReport(attention=entries, notes=tuple(notes)),
-        )
+        report = CallReport(attention=entries, notes=())
+        return DirectCall(traced=traced, module=module, flash=None, text=text, report=report)
+    notes = ["on one device; on several, XLA partitions the program as it was traced"]
     if any(op.name == "stablehlo.while" for op in module.walk()):
         notes.append("loops over layers are unrolled")
     Recorder().run(raised, lower)

@@ -1,6 +1,7 @@
 """Flash attention's part of `make gpu-check`: what each backend gives, and what to time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ LONGEST = 2048
 """Tokens of a sequence that is compared with the reference, which keeps a matrix of scores."""
 
 
-def flash_call(spec: ArgSpec, backend: Backend) -> Callable[[Array, Array, Array], Array]:
+def flash_call(spec: ArgSpec, backend: Backend, slopes: Array | None) -> Callable[[Array, Array, Array], Array]:
     """The attention of the shape, of q, k and v."""
     masking = spec.masking
 
@@ -31,6 +32,7 @@ def flash_call(spec: ArgSpec, backend: Backend) -> Callable[[Array, Array, Array
             causal=masking.causal,
             window=masking.window,
             softcap=masking.softcap,
+            slopes=slopes,
             backend=backend,
         )
 
@@ -43,24 +45,26 @@ def served(spec: ArgSpec) -> list[Backend]:
     return [backend for backend in NAMES if unsupported_reason(sizes, spec.masking, backend) is None]
 
 
-def flash_results(specs: Sequence[ArgSpec], *, interpret: bool) -> Iterator[tuple[str, ArgSpec, Array, Array]]:
-    """Backend and shape, what it gives and what the reference gives; with `interpret`, of the Triton kernel alone."""
+def flash_results(
+    specs: Sequence[ArgSpec], *, interpret: bool
+) -> Iterator[tuple[str, ArgSpec, Callable[[], Array], Array]]:
+    """Backend and shape, what to run and what the reference gives; with `interpret`, of the Triton kernel alone."""
     for spec in specs:
         q, k, v, slopes = random_arguments(spec)
         expected = flash_attention_reference(q, k, v, spec.masking, slopes)
         if interpret:
-            yield NAMES["gpu"], spec, _interpreted(spec, q, k, v), expected
+            yield NAMES["gpu"], spec, partial(_interpreted, spec, q, k, v, slopes), expected
             continue
         for backend in served(spec):
-            yield NAMES[backend], spec, jax.jit(flash_call(spec, backend))(q, k, v), expected
+            yield NAMES[backend], spec, partial(jax.jit(flash_call(spec, backend, slopes)), q, k, v), expected
 
 
-def _interpreted(spec: ArgSpec, q: Array, k: Array, v: Array) -> Array:
+def _interpreted(spec: ArgSpec, q: Array, k: Array, v: Array, slopes: Array | None) -> Array:
     from pallas_kernels.triton_host import Interpreter
 
-    tiles = choose_tiles(Sizes.of(q, k, v), chip_named("t4"))
+    tiles = choose_tiles(Sizes.of(q, k, v, slopes), chip_named("t4"))
     with Interpreter() as interpreter:
-        return jnp.asarray(interpreter.run(make_launch(q, k, v, spec.masking, None, tiles, wide=False))[0])
+        return jnp.asarray(interpreter.run(make_launch(q, k, v, spec.masking, slopes, tiles, wide=False))[0])
 
 
 __all__ = ["LONGEST", "NAMES", "flash_call", "flash_results", "served"]

@@ -37,13 +37,8 @@ def correctness(scale: Scale, chip: Chip) -> Iterator[list[str]]:
         if mosaic_gpu.chip_reason(Sizes.of(q, k, before, batch), chip) is None:
             runs.append(("paged attention, Mosaic GPU", _run_mosaic_gpu))
         for name, run in runs:
-            try:
-                out, pages = jax.block_until_ready(run(spec, arguments, interpret=scale.interpret))
-            except Exception as error:  # whatever a compiler says: the rest is to be checked all the same
-                yield [name, spec.name, "", "", f"FAILED: {first_line(error)}"]
-                continue
-            same = _are_same_pages(pages, expected_pages)
-            yield _row(name, spec.name, out, expected, TOLERANCE[spec.dtype], same=same)
+            result = partial(run, spec, arguments, interpret=scale.interpret)
+            yield _row(name, spec.name, result, expected, TOLERANCE[spec.dtype], expected_pages)
     for product in scale.products:
         rng = np.random.default_rng(0)
         x = jnp.asarray(rng.standard_normal((product.m, product.k)), product.x_dtype)
@@ -52,18 +47,32 @@ def correctness(scale: Scale, chip: Chip) -> Iterator[list[str]]:
             scale_dtype=product.scale_dtype, layout="rows", seed=1,
         )  # fmt: skip
         hooks = Hooks(activation_group_size=product.activation_group_size)
-        got = _run_product(x, weight, hooks, interpret=scale.interpret)
         y = quantized_matmul(x, weight, hooks, backend="reference")
-        yield _row("quantized matmul", product.name, got, y, TOLERANCE[product.x_dtype])
-    for name, shape, got, y in flash_results(scale.flash, interpret=scale.interpret):
-        yield _row(name, shape.name, got, y, TOLERANCE[shape.dtype])
+        multiply = partial(_run_product, x, weight, hooks, interpret=scale.interpret)
+        yield _row("quantized matmul", product.name, multiply, y, TOLERANCE[product.x_dtype])
+    for name, shape, attend, y in flash_results(scale.flash, interpret=scale.interpret):
+        yield _row(name, shape.name, attend, y, TOLERANCE[shape.dtype])
 
 
-def _row(kernel: str, shape: str, out: Any, expected: Any, tolerance: float, *, same: bool = True) -> list[str]:
+def _row(
+    kernel: str,
+    shape: str,
+    run: Callable[[], Any],
+    expected: Any,
+    tolerance: float,
+    expected_pages: KVPages | None = None,
+) -> list[str]:
+    """Of what `run` gives: an array, or where pages are expected an array and pages."""
+    try:
+        result = jax.block_until_ready(run())
+    except Exception as error:  # whatever a compiler says: the rest is to be checked all the same
+        return [kernel, shape, "", "", f"FAILED: {first_line(error)}"]
+    same = expected_pages is None or _are_same_pages(result[1], expected_pages)
+    out = result if expected_pages is None else result[0]
     wanted = np.asarray(expected, np.float32)
-    error = float(np.max(np.abs(np.asarray(out, np.float32) - wanted)) / np.max(np.abs(wanted)))
-    verdict = "ok" if error <= tolerance and same else "WRONG"
-    return [kernel, shape, f"{error:.1e}", f"{tolerance:.0e}", verdict]
+    difference = float(np.max(np.abs(np.asarray(out, np.float32) - wanted)) / np.max(np.abs(wanted)))
+    verdict = "ok" if difference <= tolerance and same else "WRONG"
+    return [kernel, shape, f"{difference:.1e}", f"{tolerance:.0e}", verdict]
 
 
 def _run_product(x: jax.Array, weight: QuantizedWeight, hooks: Hooks, *, interpret: bool) -> jax.Array:

@@ -89,8 +89,8 @@ def attention_speed(scale: Scale, dtype: str, chip: Chip, measured: tuple[float,
 
 
 def _flash_seconds(scale: Scale, spec: flash.ArgSpec, backend: Backend) -> float:
-    call = flash_call(spec, backend)
-    q, k, v, _ = flash.random_arguments(spec)
+    q, k, v, slopes = flash.random_arguments(spec)
+    call = flash_call(spec, backend, slopes)
     return seconds(lambda state: (call(*state), state[1], state[2]), (q, k, v), scale.iterations)
 
 

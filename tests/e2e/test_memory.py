@@ -15,7 +15,7 @@ BESIDE = 450e6
 
 Measured, the first start and later ones: 428 and 384 MB with JAX 0.10.2, 400 and 342 with JAX 0.12, where libraries
 have just been written, as in a new environment: the system then has them in memory in large pieces, and counts a piece
-of which one byte is used as a whole (Linux 6.18). Of libraries that were read from disk it counts 20 to 100 MB less.
+of which one byte is used as a whole (Linux 6.18). Of libraries that were read from disk it counts 25 to 50 MB less.
 """
 WEIGHTS, CACHE = 96.6e6, 11.8e6  # of SmolLM2 in its own blocks, and of 512 tokens in float16
 
